@@ -1,0 +1,94 @@
+"""Files and folders that are whole or not there: written aside, synced, renamed, and listed with their SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from coatnet.errors import ModelFileError
+
+MANIFEST = "manifest.json"
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have the file's or folder's bytes on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    _sync(aside)
+    aside.replace(path)
+    _sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, two spaces deep, keys in the order given."""
+    write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises: ModelFileError if it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelFileError(f"{path} is not there.") from None
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{path} cannot be read as JSON: {error}.") from None
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to fill; on leaving, give it a manifest, sync it and rename it to `path`, replacing what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        files = sorted(file for file in aside.rglob("*") if file.is_file())
+        hashes = {file.relative_to(aside).as_posix(): sha256_of(file) for file in files}
+        for file in files:
+            _sync(file)
+        write_json(aside / MANIFEST, {"sha256": hashes})
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def verify_folder(path: Path) -> None:
+    """Check every file of a folder against its manifest.
+
+    Raises: ModelFileError naming the first file that is missing or was changed.
+    """
+    hashes = read_json(path / MANIFEST).get("sha256", {})
+    for name, want in hashes.items():
+        file = path / name
+        if not file.is_file():
+            raise ModelFileError(f"{path}: {name} is missing. Copy the folder again, whole.")
+        if sha256_of(file) != want:
+            raise ModelFileError(f"{path}: {name} is damaged (its SHA-256 is not the manifest's). Copy the folder again.")
