@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,8 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill; on leaving, give it a manifest, sync it and rename it to `path`, replacing what was there."""
+def new_folder(path: Path) -> Generator[Path]:
+    """Yield a folder to fill; then give it a manifest, sync it and rename it to `path`, replacing what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -83,12 +83,17 @@ def new_folder(path: Path) -> Iterator[Path]:
 def verify_folder(path: Path) -> None:
     """Check every file of a folder against its manifest.
 
-    Raises: ModelFileError naming the first file that is missing or was changed.
+    Raises: ModelFileError naming the first file that is missing or was changed, the manifest itself included.
     """
-    hashes = read_json(path / MANIFEST).get("sha256", {})
+    manifest = read_json(path / MANIFEST)
+    hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
+    if not isinstance(hashes, dict) or not hashes:  # else a manifest that lost its list would vouch for anything
+        raise ModelFileError(f"{path}: {MANIFEST} is damaged (it lists no files). Copy the folder again.")
     for name, want in hashes.items():
         file = path / name
         if not file.is_file():
             raise ModelFileError(f"{path}: {name} is missing. Copy the folder again, whole.")
         if sha256_of(file) != want:
-            raise ModelFileError(f"{path}: {name} is damaged (its SHA-256 is not the manifest's). Copy the folder again.")
+            raise ModelFileError(
+                f"{path}: {name} is damaged (its SHA-256 is not the manifest's). Copy the folder again."
+            )
