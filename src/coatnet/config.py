@@ -100,7 +100,11 @@ def _check_choice(name: str, value: object, hint: Any) -> None:
         )
     elif hint in (int, float, str, bool):
         fits = isinstance(value, hint) or (hint is float and isinstance(value, int))
-        _check(fits and (hint is bool or not isinstance(value, bool)), f"{name} is {value!r}", f"It must be {hint.__name__}")
+        _check(
+            fits and (hint is bool or not isinstance(value, bool)),
+            f"{name} is {value!r}",
+            f"It must be {hint.__name__}",
+        )
     elif get_origin(hint) is tuple:
         _check(isinstance(value, tuple), f"{name} is {value!r}", "It must be a list")
 
@@ -150,7 +154,8 @@ class ModelConfig(Config):
             "It must be five numbers for S0 .. S4, each 1 or 2",
         )
         _check(
-            self.s3_mbconv is None or (self.layout[2:3] == "T" and len(self.s3_mbconv) == 2 and min(self.s3_mbconv) >= 1),
+            self.s3_mbconv is None
+            or (self.layout[2:3] == "T" and len(self.s3_mbconv) == 2 and min(self.s3_mbconv) >= 1),
             f"s3_mbconv is {self.s3_mbconv} in layout {self.layout}",
             "It must be (blocks, channels), and S3 must be T",
         )
@@ -204,7 +209,9 @@ class PreprocessingConfig(Config):
     """How a picture becomes the network's input. Stored with the model; training's evaluation, predict and server share it."""
 
     image_size: Size = (224, 224)  # px
-    fit: Literal["crop", "resize"] = "crop"  # "crop": shorter side to size / crop_ratio, then the centre; "resize": plain
+    fit: Literal["crop", "resize"] = (
+        "crop"  # "crop": shorter side to size / crop_ratio, then the centre; "resize": plain
+    )
     crop_ratio: float = 0.875
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of RGB in 0 .. 1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -233,7 +240,9 @@ class AugmentConfig(Config):
     cutmix_alpha: float | None = None
 
     def check(self) -> None:
-        _check(0 < self.crop_min_scale <= 1, f"crop_min_scale is {self.crop_min_scale}", "It must be above 0 and at most 1")
+        _check(
+            0 < self.crop_min_scale <= 1, f"crop_min_scale is {self.crop_min_scale}", "It must be above 0 and at most 1"
+        )
         _check(self.randaugment_ops >= 0, f"randaugment_ops is {self.randaugment_ops}", "It must be 0 or more")
         _check(
             0 <= self.randaugment_magnitude <= 30,
@@ -313,7 +322,9 @@ class TrainConfig(Config):
         _check(0 <= self.seed < 2**63, f"seed is {self.seed}", "It must be 0 or more")
         if self.holdout_percent is not None:
             _check(
-                0 < self.holdout_percent <= 50, f"holdout_percent is {self.holdout_percent}", "It must be above 0, at most 50"
+                0 < self.holdout_percent <= 50,
+                f"holdout_percent is {self.holdout_percent}",
+                "It must be above 0, at most 50",
             )
         _check(
             self.preprocessing.image_size == self.model.image_size,

@@ -1,0 +1,1 @@
+"""How good a classifier is: figures with their uncertainty, and a page to look at."""

@@ -1,0 +1,188 @@
+"""Transformer blocks with relative attention. Source: arXiv 2106.04803 section 2.1, Eq. 3 and 4, appendix A.1.
+
+Departs: "window" and "linear" attention, the paper's rejected options B and C (section 2.2), are not specified there.
+Ours: windows do not overlap or shift; the linear kernel is elu + 1 (arXiv:2006.16236), which has no pairwise logits
+and so no relative bias.
+"""
+
+# B batch, N tokens (H*W), C channels in, M heads, D head dim, H and W the grid; I and J a token's row and column
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coatnet.config import ModelConfig, Size
+from coatnet.layout import EXPANSION, BlockSpec
+from coatnet.model.layers import ChannelNorm, Pool, StochasticDepth, shortcut
+
+
+class RelativeBias(nn.Module):
+    """One learned scalar a head and 2-D offset, laid out for every pair of tokens.
+
+    The table fits the trained grid; for another grid it is interpolated bilinearly (A.1), offset 0 staying in the
+    middle. Nothing is kept between calls: laying out costs about a hundredth of the block.
+    """
+
+    def __init__(self, num_heads: int, grid: Size) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(num_heads, 2 * grid[0] - 1, 2 * grid[1] - 1))
+
+    def forward(self, grid: Size) -> Tensor:
+        """Return the bias of query i and key j, P[i - j]: grid (H, W) -> (M, N, N)."""
+        height, width = grid
+        size = (2 * height - 1, 2 * width - 1)
+        table = self.table
+        if table.shape[1:] != size:
+            table = F.interpolate(table[None], size=size, mode="bilinear", align_corners=False)[0]
+        # Windows of the table: [m, i, j, a, b] = P[i + a, j + b]; a counts key rows from the last, so flip it.
+        windows = table.unfold(1, height, 1).unfold(2, width, 1)
+        return windows.flip(3, 4).reshape(-1, height * width, height * width)
+
+
+class AttentionWeights(nn.Module):
+    """Weigh every key for every query: q, k (B, M, N, D) -> (B, M, N, N).
+
+    "pre" adds the bias to the scaled logits before the softmax, "post" to the weights after it (Eq. 3).
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Size, relative: str) -> None:
+        super().__init__()
+        self.scale = head_dim**-0.5
+        self.relative = relative
+        self.bias = None if relative == "none" else RelativeBias(num_heads, grid)
+
+    def forward(self, q_BMND: Tensor, k_BMND: Tensor, grid: Size, mask: Tensor | None = None) -> Tensor:
+        logits_BMNN = (q_BMND * self.scale) @ k_BMND.transpose(-2, -1)
+        bias_MNN = None if self.bias is None else self.bias(grid)
+        if bias_MNN is not None and self.relative == "pre":
+            logits_BMNN = logits_BMNN + bias_MNN
+        if mask is not None:
+            logits_BMNN = logits_BMNN.masked_fill(~mask, float("-inf"))
+        weights_BMNN = logits_BMNN.float().softmax(dim=-1).to(q_BMND.dtype)
+        if bias_MNN is not None and self.relative == "post":
+            weights_BMNN = weights_BMNN + bias_MNN.to(q_BMND.dtype)
+            if mask is not None:
+                weights_BMNN = weights_BMNN.masked_fill(~mask, 0.0)
+        return weights_BMNN
+
+
+class Attention(nn.Module):
+    """Multi-head attention over all tokens of a map: (B, N, C) with its grid -> (B, N, out_dim)."""
+
+    def __init__(self, in_dim: int, out_dim: int, head_dim: int, grid: Size, relative: str) -> None:
+        super().__init__()
+        self.num_heads = out_dim // head_dim
+        self.qkv = nn.Linear(in_dim, 3 * out_dim)
+        self.weigh = AttentionWeights(self.num_heads, head_dim, grid, relative)
+        self.project = nn.Linear(out_dim, out_dim)
+
+    def forward(self, x_BNC: Tensor, grid: Size) -> Tensor:
+        return self.project(self.mix(*self.heads(x_BNC), grid))
+
+    def heads(self, x_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project to queries, keys and values, (B, M, N, D) each."""
+        B, N, _ = x_BNC.shape
+        q_BMND, k_BMND, v_BMND = self.qkv(x_BNC).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return q_BMND, k_BMND, v_BMND
+
+    def mix(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Size) -> Tensor:
+        """Return each token's mix of values, heads side by side: (B, N, M*D)."""
+        return join_heads(self.weigh(q_BMND, k_BMND, grid) @ v_BMND)
+
+
+def join_heads(x_BMND: Tensor) -> Tensor:
+    """(B, M, N, D) -> (B, N, M*D)."""
+    return x_BMND.transpose(1, 2).flatten(2)
+
+
+class WindowAttention(Attention):
+    """Attention inside windows that do not overlap; cells beyond the edge are masked. Source: option B, section 2.2."""
+
+    def __init__(self, in_dim: int, out_dim: int, head_dim: int, side: int, relative: str) -> None:
+        super().__init__(in_dim, out_dim, head_dim, (side, side), relative)
+        self.side = side
+
+    def mix(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Size) -> Tensor:
+        (height, width), side = grid, self.side
+        rows, columns = -(-height // side), -(-width // side)
+        pad = (0, 0, 0, columns * side - width, 0, rows * side - height)
+
+        def cut(x: Tensor) -> Tensor:
+            """(B, M, N, D) -> (B, windows, M, side*side, D)."""
+            x = F.pad(x.unflatten(2, grid), pad).unflatten(3, (columns, side)).unflatten(2, (rows, side))
+            return x.permute(0, 2, 4, 1, 3, 5, 6).flatten(4, 5).flatten(1, 2)
+
+        inside = cut(q_BMND.new_ones(1, 1, height * width, 1)).bool().transpose(-2, -1)  # (1, windows, 1, 1, keys)
+        mixed = self.weigh(cut(q_BMND), cut(k_BMND), (side, side), inside) @ cut(v_BMND)
+        mixed = mixed.unflatten(1, (rows, columns)).unflatten(4, (side, side)).permute(0, 1, 4, 2, 5, 3, 6)
+        mixed = mixed.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+        return mixed.reshape(mixed.shape[0], height * width, -1)
+
+
+class LinearAttention(Attention):
+    """Attention whose cost grows with N, not N squared, by a kernel in place of the softmax. Source: option C."""
+
+    def __init__(self, in_dim: int, out_dim: int, head_dim: int) -> None:
+        super().__init__(in_dim, out_dim, head_dim, (1, 1), "none")
+
+    def mix(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Size) -> Tensor:
+        q_BMND, k_BMND = F.elu(q_BMND) + 1, F.elu(k_BMND) + 1
+        summed_BMDD = k_BMND.transpose(-2, -1) @ v_BMND
+        total_BMN1 = q_BMND @ k_BMND.sum(dim=-2)[..., None]
+        return join_heads(q_BMND @ summed_BMDD / total_BMN1)
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers with GELU between, hidden width 4 * dim: (B, N, dim) -> the same."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(nn.Linear(dim, EXPANSION * dim), nn.GELU(), nn.Linear(EXPANSION * dim, dim))
+
+
+class Transformer(nn.Module):
+    """Attention, then FFN, each on the normed input and added to it: (B, C, H, W) -> (B, D, h, w).
+
+    Down-sampling (Eq. 4): Proj(Pool(x)) + Attention(Pool(Norm(x))), Norm before Pool.
+    """
+
+    num_branches = 2
+
+    def __init__(self, config: ModelConfig, spec: BlockSpec) -> None:
+        super().__init__()
+        self.shortcut = shortcut(spec.in_dim, spec.out_dim, spec.stride)
+        self.attention_norm = ChannelNorm(spec.in_dim)
+        self.pool = Pool() if spec.stride == 2 else nn.Identity()
+        self.attention = _attention(config, spec)
+        self.ffn_norm = ChannelNorm(spec.out_dim)
+        self.ffn = FeedForward(spec.out_dim)
+        self.drop = StochasticDepth(spec.drop_rate)
+
+    def forward(self, x: Tensor, draws_B2: Tensor | None = None) -> Tensor:
+        attention_draw_B, ffn_draw_B = (None, None) if draws_B2 is None else draws_B2.unbind(1)
+        pooled = self.pool(self.attention_norm(x))
+        grid = (pooled.shape[2], pooled.shape[3])
+        mixed = to_map(self.attention(to_tokens(pooled), grid), grid)
+        x = self.shortcut(x) + self.drop(mixed, attention_draw_B)
+        fed = to_map(self.ffn(to_tokens(self.ffn_norm(x))), grid)
+        return x + self.drop(fed, ffn_draw_B)
+
+
+def _attention(config: ModelConfig, spec: BlockSpec) -> Attention:
+    if config.attention == "linear":
+        return LinearAttention(spec.in_dim, spec.out_dim, config.head_dim)
+    relative = config.relative_attention
+    if config.attention == "window":
+        return WindowAttention(spec.in_dim, spec.out_dim, config.head_dim, config.window_size, relative)
+    return Attention(spec.in_dim, spec.out_dim, config.head_dim, spec.grid, relative)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, N, C); in channels_last a view."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_map(x_BNC: Tensor, grid: Size) -> Tensor:
+    """(B, N, C) -> (B, C, H, W) in channels_last, a view."""
+    return x_BNC.transpose(1, 2).unflatten(2, grid)
