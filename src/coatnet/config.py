@@ -188,7 +188,7 @@ class ModelConfig(Config):
         return tuple(sizes[1:])
 
 
-def _check_size(name: str, size: Size) -> None:
+def _check_size(name: str, size: tuple[object, ...]) -> None:
     _check(
         len(size) == 2 and all(isinstance(side, int) and side >= 1 for side in size),
         f"{name} is {size}",
@@ -206,7 +206,7 @@ def _check_positive(name: str, value: float | None) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreprocessingConfig(Config):
-    """How a picture becomes the network's input. Stored with the model; training's evaluation, predict and server share it."""
+    """How a picture becomes the network's input. Stored with the model; evaluation, predict and server share it."""
 
     image_size: Size = (224, 224)  # px
     fit: Literal["crop", "resize"] = (

@@ -60,7 +60,8 @@ class AttentionWeights(nn.Module):
             logits_BMNN = logits_BMNN + bias_MNN
         if mask is not None:
             logits_BMNN = logits_BMNN.masked_fill(~mask, float("-inf"))
-        weights_BMNN = logits_BMNN.float().softmax(dim=-1).to(q_BMND.dtype)
+        at_least_fp32 = torch.promote_types(logits_BMNN.dtype, torch.float32)
+        weights_BMNN = logits_BMNN.softmax(dim=-1, dtype=at_least_fp32).to(q_BMND.dtype)
         if bias_MNN is not None and self.relative == "post":
             weights_BMNN = weights_BMNN + bias_MNN.to(q_BMND.dtype)
             if mask is not None:
@@ -83,8 +84,8 @@ class Attention(nn.Module):
 
     def heads(self, x_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project to queries, keys and values, (B, M, N, D) each."""
-        B, N, _ = x_BNC.shape
-        q_BMND, k_BMND, v_BMND = self.qkv(x_BNC).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        qkv_BN3MD = self.qkv(x_BNC).unflatten(2, (3, self.num_heads, -1))
+        q_BMND, k_BMND, v_BMND = qkv_BN3MD.permute(2, 0, 3, 1, 4)
         return q_BMND, k_BMND, v_BMND
 
     def mix(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Size) -> Tensor:
@@ -117,8 +118,7 @@ class WindowAttention(Attention):
         inside = cut(q_BMND.new_ones(1, 1, height * width, 1)).bool().transpose(-2, -1)  # (1, windows, 1, 1, keys)
         mixed = self.weigh(cut(q_BMND), cut(k_BMND), (side, side), inside) @ cut(v_BMND)
         mixed = mixed.unflatten(1, (rows, columns)).unflatten(4, (side, side)).permute(0, 1, 4, 2, 5, 3, 6)
-        mixed = mixed.flatten(3, 4).flatten(1, 2)[:, :height, :width]
-        return mixed.reshape(mixed.shape[0], height * width, -1)
+        return mixed.flatten(3, 4).flatten(1, 2)[:, :height, :width].flatten(1, 2).flatten(2)
 
 
 class LinearAttention(Attention):
@@ -127,7 +127,7 @@ class LinearAttention(Attention):
     def __init__(self, in_dim: int, out_dim: int, head_dim: int) -> None:
         super().__init__(in_dim, out_dim, head_dim, (1, 1), "none")
 
-    def mix(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Size) -> Tensor:
+    def mix(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Size) -> Tensor:  # noqa: ARG002
         q_BMND, k_BMND = F.elu(q_BMND) + 1, F.elu(k_BMND) + 1
         summed_BMDD = k_BMND.transpose(-2, -1) @ v_BMND
         total_BMN1 = q_BMND @ k_BMND.sum(dim=-2)[..., None]

@@ -15,8 +15,8 @@ class ChannelNorm(nn.LayerNorm):
     def __init__(self, dim: int) -> None:
         super().__init__(dim, eps=LAYER_NORM_EPS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name that LayerNorm gives it)
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Pool(nn.MaxPool2d):
@@ -58,7 +58,7 @@ class StochasticDepth(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """Cut a picture into patches and project each: (B, C, H, W) -> (B, D, ceil(H/p), ceil(W/p)), zeros beyond the edge."""
+    """Project each patch of a picture, zeros beyond its edge: (B, C, H, W) -> (B, D, ceil(H/p), ceil(W/p))."""
 
     def __init__(self, in_channels: int, width: int, patch_size: int) -> None:
         super().__init__()

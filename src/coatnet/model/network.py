@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -60,7 +60,8 @@ class CoAtNet(nn.Module):
     def forward(self, images: Tensor | Sequence[Tensor], depth_draws: Tensor | None = None) -> Tensor | list[Tensor]:
         """Return logits (B, K), or, for tensors of several sizes, the list that separate calls give, in order.
 
-        Raises: ConfigError if the images are not (B, in_channels, H, W), or draws are given for a list.
+        Raises: ConfigError if the images are not (B, in_channels, H, W) of floats, if the draws are not
+        (B, num_depth_draws), or if draws come with a list.
         """
         if not isinstance(images, Tensor):
             if depth_draws is not None:
@@ -90,7 +91,7 @@ class CoAtNet(nn.Module):
         return self.classifier(torch.tanh(self.pre_logits(self.norm(pooled))))
 
     def attention_maps(self, images: Tensor) -> list[Tensor]:
-        """Return each attention block's weights in order: (B, M, N, N), rows queries; by windows, (B, windows, M, n, n).
+        """Return the weights of each attention block: (B, M, N, N), rows queries; by windows, (B, windows, M, n, n).
 
         Raises: ConfigError where no block has weights (layout CCCC, linear attention).
         """
@@ -104,8 +105,8 @@ class CoAtNet(nn.Module):
                 hook.remove()
         if not found:
             raise ConfigError(
-                f"{self.config.name} ({self.config.layout}, {self.config.attention} attention) has no attention weights. "
-                "Use a network with T stages and global or window attention."
+                f"{self.config.name} ({self.config.layout}, {self.config.attention} attention) has no attention "
+                "weights. Use a network with T stages and global or window attention."
             )
         return found
 
@@ -120,6 +121,8 @@ class CoAtNet(nn.Module):
         channels = self.config.in_channels
         if images.dim() != 4 or images.shape[1] != channels or 0 in images.shape[2:]:
             raise ConfigError(f"Images came as {tuple(images.shape)}. Give (B, {channels}, H, W), H and W 1 or more.")
+        if not images.is_floating_point():
+            raise ConfigError(f"Images came as {images.dtype}. Give floats, scaled and normalised as in training.")
 
     def _draws(self, images: Tensor, depth_draws: Tensor | None) -> Iterator[Tensor | None]:
         """Deal each block its columns of the draws."""
@@ -128,6 +131,9 @@ class CoAtNet(nn.Module):
             return iter([None] * len(branches))
         if depth_draws is None:
             depth_draws = torch.rand(images.shape[0], self.num_depth_draws, device=images.device)
+        wanted = (images.shape[0], self.num_depth_draws)
+        if depth_draws.shape != wanted:
+            raise ConfigError(f"Depth draws came as {tuple(depth_draws.shape)}. Give (B, num_depth_draws), {wanted}.")
         return iter(depth_draws.split(branches, dim=1))
 
     def _run(self, block: nn.Module, x: Tensor, draws: Tensor | None) -> Tensor:
@@ -158,9 +164,9 @@ def _checkpoint_contexts(block: nn.Module) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
+def _statistics_kept(block: nn.Module) -> Generator[None]:
     """Run a block again without moving its BatchNorm statistics a second time."""
-    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
