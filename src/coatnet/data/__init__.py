@@ -1,0 +1,1 @@
+"""From files to batches: sources, decoding, transforms, and the order in which pictures come."""

@@ -1,0 +1,147 @@
+"""One picture from bytes to pixels, within limits, with one kind of error.
+
+JPEG goes through simplejpeg, which gives the same bits as Pillow sooner; all else through Pillow. Pictures come
+upright (EXIF orientation applied) and as RGB. What is transparent is laid over white, as a page would show it: under
+transparent pixels files keep arbitrary colours that nobody is meant to see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image
+
+from coatnet.errors import BadImageError
+
+Pixels = NDArray[np.uint8]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+MAX_FILE_BYTES = 256 * 2**20
+MAX_PIXELS = 100_000_000
+
+_ORIENTATION = 0x0112  # EXIF tag
+# Filters of warnings belong to the whole process: without a lock, two threads could leave each other's behind.
+_QUIET = threading.Lock()
+
+
+def decode(content: bytes | Path, *, name: str = "", min_side: int = 0) -> Pixels:
+    """Decode a picture's first frame -> (H, W, 3) uint8, RGB, upright.
+
+    With `min_side` (px) a larger JPEG may come shrunk, each side still at least so long: much faster for photographs.
+
+    Raises: BadImageError, and nothing else, for whatever cannot be decoded whole within the limits.
+    """
+    name = name or (str(content) if isinstance(content, Path) else "picture")
+    try:
+        data = _read(content)
+        image, orientation = _open(data)
+        pixels = _decode_jpeg(data, image, min_side) if image.format == "JPEG" else None
+        return _upright(_to_rgb(image) if pixels is None else pixels, orientation)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise BadImageError(f"{name}: {_reason(error)}") from None
+
+
+def read_size(content: bytes | Path, *, name: str = "") -> tuple[int, int]:
+    """Return (height, width) in px from the header alone, upright. Raises: BadImageError."""
+    name = name or (str(content) if isinstance(content, Path) else "picture")
+    try:
+        image, orientation = _open(_read(content))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise BadImageError(f"{name}: {_reason(error)}") from None
+    return (image.width, image.height) if orientation >= 5 else (image.height, image.width)
+
+
+class _LimitError(Exception):
+    """A limit of ours, in words ready for the user."""
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, _LimitError):
+        return str(error)
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a picture of a known kind (JPEG, PNG, WebP, BMP, GIF)."
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})."
+    said = " ".join(str(error).split())[:200]
+    return f"damaged or cut short ({said or type(error).__name__})."
+
+
+def _read(content: bytes | Path) -> bytes:
+    """Return the bytes, having looked at their number first."""
+    if isinstance(content, Path):
+        if content.exists() and not content.is_file():
+            raise _LimitError("not a file.")
+        num_bytes = content.stat().st_size
+    else:
+        num_bytes = len(content)
+    if num_bytes == 0:
+        raise _LimitError("empty (0 bytes).")
+    if num_bytes > MAX_FILE_BYTES:
+        raise _LimitError(f"{num_bytes / 2**20:.0f} MiB, at most {MAX_FILE_BYTES // 2**20} MiB are read.")
+    return content.read_bytes() if isinstance(content, Path) else content
+
+
+def _open(data: bytes) -> tuple[Image.Image, int]:
+    """Read the header, refuse pictures that are too large, and return the undecoded picture and its orientation."""
+    with _QUIET, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError:
+            raise _LimitError(f"far more than {MAX_PIXELS / 1e6:.0f} megapixels. Shrink it.") from None
+        if image.width * image.height > MAX_PIXELS:
+            megapixels = image.width * image.height / 1e6
+            raise _LimitError(f"{megapixels:.0f} megapixels, at most {MAX_PIXELS / 1e6:.0f} are read. Shrink it.")
+        orientation = 1
+        with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the pixels
+            found = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info or "xmp" in image.info else 1
+            orientation = found if found in range(1, 9) else 1
+    return image, orientation
+
+
+def _decode_jpeg(data: bytes, image: Image.Image, min_side: int) -> Pixels | None:
+    """Decode through simplejpeg, or return None where Pillow has to look: at CMYK, and at what simplejpeg refuses."""
+    if image.mode not in ("RGB", "L"):
+        return None
+    shrink = 0 < min_side < min(image.size)
+    try:
+        return simplejpeg.decode_jpeg(
+            data, "RGB", min_height=min_side if shrink else 0, min_width=min_side if shrink else 0
+        )
+    except ValueError:
+        return None
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    """Decode through Pillow, whatever the mode -> (H, W, 3) uint8."""
+    image.load()
+    if image.mode.startswith("I"):  # 16 bits of grey: scaled, where Pillow's own conversion clips
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return np.repeat(((grey * 255 + 32767) // 65535).astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.array(image.convert("RGB"))
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Apply an EXIF orientation, 1 .. 8: the even half of them mirror, the last four also swap the axes."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)

@@ -1,0 +1,80 @@
+"""Where labelled pictures come from: a folder of classes, or a named data set, divided into train, val and test.
+
+What `open_data` divides itself it records in `DataSet.split`, so that a resumed or evaluated run divides alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from coatnet.data import draws, fashion_mnist
+from coatnet.data.folders import images_below, labelled_folder, list_images, open_folder
+from coatnet.data.image_sets import ArrayImages, FolderImages, ImageSet
+from coatnet.data.splits import Split, follow, hold_out
+from coatnet.errors import BadImageError, DataError
+
+__all__ = [
+    "DATA_SETS", "ArrayImages", "DataSet", "FolderImages", "ImageSet", "Split", "images_below", "labelled_folder",
+    "list_images", "measure", "open_data",
+]  # fmt: skip
+
+DATA_SETS = ("fashion-mnist",)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Pictures for training, those set apart for choosing (val), and those for the last word (test)."""
+
+    name: str
+    train: ImageSet
+    val: ImageSet | None
+    test: ImageSet | None
+    class_names: tuple[str, ...]
+    split: Split | None  # names of "train" and "val"; absent where the folder itself is divided
+
+
+def open_data(
+    data: str | Path, *, seed: int = 0, holdout_percent: float | None = 10.0, split: Split | None = None
+) -> DataSet:
+    """Open a folder or a named data set; where it has no val part, set one aside from train, class by class.
+
+    The `split` of an earlier run is followed instead of drawing one.
+
+    Raises: DataError for whatever makes the data unusable.
+    """
+    parts = _open_parts(data)
+    train, val = parts["train"], parts.get("val")
+    if val is None:
+        split = split or hold_out(train, seed, holdout_percent)
+        train, val = follow(train, split, str(data))
+    elif split is not None:
+        raise DataError(f"{data} has a val part now and had none when the run began. Move it away to go on.")
+    return DataSet(str(data), train, val, parts.get("test"), train.class_names, split)
+
+
+def _open_parts(data: str | Path) -> Mapping[str, ImageSet]:
+    if str(data) == "fashion-mnist" and not Path(data).is_dir():
+        folder = fashion_mnist.find()
+        return {part: fashion_mnist.images(folder, part) for part in ("train", "test")}
+    return open_folder(Path(data))
+
+
+def measure(images: ImageSet, *, limit: int = 200, seed: int = 0) -> tuple[int, int]:
+    """Return the median (height, width) in px of at most `limit` pictures, drawn by seed, from their headers alone.
+
+    Raises: DataError if none of them can be read.
+    """
+    sizes = list[tuple[int, int]]()
+    for index in draws.permutation(seed, 0, len(images))[:limit].tolist():
+        try:
+            sizes.append(images.size(index))
+        except BadImageError:
+            continue
+    if not sizes:
+        raise DataError(f"None of {min(limit, len(images))} pictures looked at can be read. Is it the right folder?")
+    height, width = np.median(np.array(sizes), axis=0).astype(int).tolist()
+    return height, width

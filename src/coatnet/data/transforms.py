@@ -1,0 +1,174 @@
+"""From decoded pictures to the network's input: one preprocessing, and training's augmentation before it.
+
+Pictures come as (H, W, 3) uint8 and leave as (C, h, w) uint8, C being 3, or 1 for grey; `normalise` makes them float32
+on the device. Draws come from the generator that is handed in, never from a global one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from coatnet.config import AugmentConfig, PreprocessingConfig
+from coatnet.data.decode import Pixels
+from coatnet.data.randaugment import randaugment
+
+Box = tuple[int, int, int, int]  # top, left, height, width in px
+
+_LUMA = np.array([19595, 38470, 7471], dtype=np.uint32)  # ITU-R 601 in 1/65536, as Pillow rounds it
+
+
+class Preprocessing:
+    """What evaluation, predict, export and the server do to a picture; stored with the model."""
+
+    def __init__(self, config: PreprocessingConfig) -> None:
+        self.config = config
+
+    def __call__(self, image: Pixels) -> Tensor:
+        """Fit one picture: (H, W, 3) uint8 -> (C, h, w) uint8."""
+        size, channels = self.config.image_size, len(self.config.mean)
+        if self.config.fit == "resize":
+            return _resize(_to_tensor(image, channels), size)
+        return _fit_crop(_to_tensor(_trim(image, size), channels), size, self.config.crop_ratio)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Shift and scale by mean and std: (B, C, h, w) uint8 -> the same shape in float32, on the same device."""
+        mean = torch.tensor(self.config.mean, device=images.device).view(-1, 1, 1) * 255
+        std = torch.tensor(self.config.std, device=images.device).view(-1, 1, 1) * 255
+        return (images.float() - mean) / std
+
+
+class Augmentation:
+    """What training does to a picture: crop, flip, RandAugment, erase, in this order. Source: Table 10."""
+
+    def __init__(self, config: AugmentConfig, preprocessing: PreprocessingConfig) -> None:
+        self.config = config
+        self.size = preprocessing.image_size
+        self.channels = len(preprocessing.mean)
+
+    @property
+    def min_side(self) -> int:
+        """Return the side in px below which a JPEG must not be shrunk while decoding: no crop is magnified for it."""
+        area = self.config.crop_min_scale if self.config.crop == "random_resized" else 1.0
+        return math.ceil(1.2 * max(self.size) / math.sqrt(area))  # 1.2: a crop of ratio 4/3 is that much narrower
+
+    def __call__(self, image: Pixels, rng: np.random.Generator) -> Tensor:
+        """Augment one picture: (H, W, 3) uint8 -> (C, h, w) uint8."""
+        config = self.config
+        flip = rng.random() < config.flip_rate
+        if config.crop == "pad":
+            out = self._pad_and_crop(image, rng, flip)
+        else:
+            if config.crop == "random_resized":
+                top, left, height, width = random_box(image.shape[:2], config.crop_min_scale, rng)
+                image = image[top : top + height, left : left + width]
+            out = _resize(_to_tensor(image, self.channels), self.size)
+            out = out.flip(-1) if flip else out
+        if config.randaugment_ops:
+            out = randaugment(out, config.randaugment_ops, config.randaugment_magnitude, rng)
+        if config.erase_rate and rng.random() < config.erase_rate:
+            out = erase(out, rng)
+        return out
+
+    def _pad_and_crop(self, image: Pixels, rng: np.random.Generator, flip: bool) -> Tensor:
+        """Shift by up to an eighth of each side, black beyond the border: a zero-padded random crop without the pad."""
+        h, w = self.size
+        if image.shape[:2] != self.size:
+            image = cast(Pixels, _resize(_to_tensor(image, self.channels), self.size).permute(1, 2, 0).numpy())
+        draws = rng.random(2)
+        dy, dx = _shift(h, draws[0]), _shift(w, draws[1])
+        kept = _to_channels(image[max(0, dy) : h + min(0, dy), max(0, dx) : w + min(0, dx)], self.channels)
+        out_CHW = np.zeros((self.channels, h, w), dtype=np.uint8)
+        target = out_CHW[:, :, ::-1] if flip else out_CHW
+        target[:, max(0, -dy) : h - max(0, dy), max(0, -dx) : w - max(0, dx)] = kept.transpose(2, 0, 1)
+        return torch.from_numpy(out_CHW)
+
+
+def _shift(side: int, draw: float) -> int:
+    """Turn a draw into a shift in px, uniform over -pad .. pad."""
+    pad = -(-side // 8)
+    return int(draw * (2 * pad + 1)) - pad
+
+
+def _to_channels(image: Pixels, channels: int) -> Pixels:
+    """Keep RGB, or make it grey: (H, W, 3 or 1) uint8 -> (H, W, C) uint8."""
+    if image.shape[2] == channels:
+        return image
+    if channels == 3:
+        return np.repeat(image, 3, axis=2)
+    if image.strides[2] == 0:  # a grey picture shown as RGB without copying: any channel is its grey
+        return image[:, :, :1]
+    return ((image @ _LUMA + 0x8000) >> 16).astype(np.uint8)[:, :, None]
+
+
+def _to_tensor(image: Pixels, channels: int) -> Tensor:
+    """Make (H, W, 3) uint8 a tensor (C, H, W); RGB stays channels-last, which resizes fastest."""
+    pixels = np.ascontiguousarray(_to_channels(image, channels))
+    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize with antialiased bicubic, the filter of the reference: (C, H, W) uint8 -> (C, h, w) uint8, contiguous."""
+    if image.shape[1:] != size:
+        image = F.resize(image, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return image.contiguous()
+
+
+def _trim(image: Pixels, size: tuple[int, int]) -> Pixels:
+    """Cut off evenly what the centre crop would drop of a very long picture: 1 x 5000 px must not become huge."""
+    H, W = image.shape[:2]
+    h, w = size
+    long_h, long_w = 4 * max(1, math.ceil(W * h / w)), 4 * max(1, math.ceil(H * w / h))
+    top, left = max(0, (H - long_h) // 2), max(0, (W - long_w) // 2)
+    return image[top : H - top, left : W - left]
+
+
+def _fit_crop(image: Tensor, size: tuple[int, int], crop_ratio: float) -> Tensor:
+    """Resize so that size / crop_ratio is just covered, then cut out the centre: (C, H, W) -> (C, h, w) uint8."""
+    (H, W), (h, w) = image.shape[1:], size
+    cover_h, cover_w = int(h / crop_ratio), int(w / crop_ratio)
+    image = _resize(image, (max(cover_h, H * cover_w // W), max(cover_w, W * cover_h // H)))
+    top, left = round((image.shape[1] - h) / 2), round((image.shape[2] - w) / 2)
+    return image[:, top : top + h, left : left + w].contiguous()
+
+
+def random_box(size: tuple[int, ...], min_scale: float, rng: np.random.Generator) -> Box:
+    """Draw a box of min_scale .. 1 of the area and of ratio 3/4 .. 4/3; after ten misses, the largest central one.
+
+    Source: Inception's crop (Szegedy et al., arXiv 1409.4842, section 6), as torchvision's RandomResizedCrop draws it.
+    """
+    H, W = size
+    low, high = 3 / 4, 4 / 3
+    for _ in range(10):
+        area = H * W * rng.uniform(min_scale, 1.0)
+        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        height, width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < height <= H and 0 < width <= W:
+            return int(rng.integers(H - height + 1)), int(rng.integers(W - width + 1)), height, width
+    height, width = min(H, max(1, round(W / low))), min(W, max(1, round(H * high)))
+    return (H - height) // 2, (W - width) // 2, height, width
+
+
+def erase(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Put noise over a box of 2 .. 33 % of the area and of ratio 0.3 .. 3.3: (C, h, w) uint8 -> the same, a copy.
+
+    Source: Zhong et al., arXiv 1708.04896.
+    """
+    C, h, w = image.shape
+    for _ in range(10):
+        area = h * w * rng.uniform(0.02, 0.33)
+        ratio = math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
+        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < height < h and 0 < width < w:
+            top, left = int(rng.integers(h - height + 1)), int(rng.integers(w - width + 1))
+            out = image.clone()
+            noise = rng.integers(0, 256, (C, height, width), dtype=np.uint8)
+            out[:, top : top + height, left : left + width] = torch.from_numpy(noise)
+            return out
+    return image
