@@ -20,12 +20,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from coatnet.classifier import Classifier
+from coatnet.data.image_sets import ImageSet
 from coatnet.data.loader import EvaluationLoader
-from coatnet.data.sources import ImageSet
 from coatnet.errors import DataError, ModelFileError
 
 Z95 = 1.959963984540054  # standard normal quantile of a two-sided 95 % interval
@@ -137,8 +136,8 @@ def evaluate(
     done = 0
     for batch in loader:
         logits.append(classifier.logits(batch.images).cpu().numpy())
-        positions.append(np.asarray(batch.positions, dtype=np.int64))
-        done += len(batch.positions)
+        positions.append(batch.positions.numpy())
+        done += len(batch)
         if progress is not None:
             progress(done, len(image_set))
     if not done:
@@ -146,7 +145,7 @@ def evaluate(
     order = np.concatenate(positions)
     outcome = Outcome(
         logits=np.concatenate(logits),
-        targets=model_index[np.asarray(image_set.targets)[order]],
+        targets=model_index[image_set.targets[order]],
         positions=order,
         names=[image_set.name(int(position)) for position in order],
         class_names=classifier.labels,
