@@ -92,7 +92,7 @@ def _warp(image: Tensor, to_x: tuple[float, float, float], to_y: tuple[float, fl
     from_y = (to_y[0] * x + to_y[1] * y + to_y[2]).round().long()
     inside = (from_x >= 0) & (from_x < w) & (from_y >= 0) & (from_y < h)
     flat = (from_y.clamp_(0, h - 1) * w + from_x.clamp_(0, w - 1)).view(-1)
-    moved = image.flatten(1).index_select(1, flat).view_as(image)
+    moved = image.flatten(1).gather(1, flat.expand(len(image), -1)).view_as(image)
     return moved.masked_fill_(~inside, GREY)
 
 

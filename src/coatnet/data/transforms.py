@@ -51,12 +51,10 @@ class Augmentation:
         self.config = config
         self.size = preprocessing.image_size
         self.channels = len(preprocessing.mean)
-
-    @property
-    def min_side(self) -> int:
-        """Return the side in px below which a JPEG must not be shrunk while decoding: no crop is magnified for it."""
-        area = self.config.crop_min_scale if self.config.crop == "random_resized" else 1.0
-        return math.ceil(1.2 * max(self.size) / math.sqrt(area))  # 1.2: a crop of ratio 4/3 is that much narrower
+        # The side in px below which a JPEG must not be shrunk while decoding, lest the smallest crop be magnified;
+        # 1.2 since a crop of ratio 4/3 is that much narrower than a square one.
+        area = config.crop_min_scale if config.crop == "random_resized" else 1.0
+        self.min_side = math.ceil(1.2 * max(self.size) / math.sqrt(area))
 
     def __call__(self, image: Pixels, rng: np.random.Generator) -> Tensor:
         """Augment one picture: (H, W, 3) uint8 -> (C, h, w) uint8."""
