@@ -178,6 +178,9 @@ def _read_card(path: Path) -> dict[str, Any]:
     for key, kind in (("model", dict), ("preprocessing", dict), ("labels", list), ("loss", str)):
         if not isinstance(card.get(key), kind):
             raise ModelFileError(f"{path} lacks '{key}', or it is no {kind.__name__}. Save the model again.")
+    for label in card["labels"]:
+        if not isinstance(label, str):
+            raise ModelFileError(f"{path}: labels holds {label!r}. Every label must be text.")
     if card["loss"] not in get_args(Loss):
         raise ModelFileError(f"{path}: loss is {card['loss']!r}. It must be one of {', '.join(get_args(Loss))}.")
     return card

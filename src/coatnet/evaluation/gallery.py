@@ -40,8 +40,8 @@ def worst_mistakes(outcome: Outcome, image_set: ImageSet) -> str:
     wrong = np.flatnonzero(outcome.targets != outcome.predictions)
     figures = [
         f"<figure>{_thumbnail(outcome, int(i), image_set)}<figcaption>"
-        f'<b class="wrong">{escape(outcome.class_names[outcome.predictions[i]])}</b> '
-        f"{100 * outcome.confidences[i]:.1f} %<br>is {escape(outcome.class_names[outcome.targets[i]])}"
+        f'<b class="wrong">{escape(outcome.class_names[outcome.predictions[i]])}</b><br>'
+        f"{100 * outcome.confidences[i]:.1f} %, is {escape(outcome.class_names[outcome.targets[i]])}"
         f'<span class="file" title="{escape(outcome.names[i])}">{escape(outcome.names[i])}</span></figcaption></figure>'
         for i in _most_confident(outcome, wrong)[:MAX_MISTAKES]
     ]

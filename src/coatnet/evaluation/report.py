@@ -124,9 +124,9 @@ def _no_mistakes(n: int) -> str:
 def _calibration(summary: Summary) -> str:
     interval = f" (95 % interval {interval_text(summary.ece_interval)})" if summary.ece_interval else ""
     return (
+        f'<div class="plots">{reliability_diagram(summary.calibration)}'
         f'<p class="note">Confidence and accuracy differ by {summary.ece_percent:.1f} percentage points on '
-        f"average{interval}. Where a bar ends below its line, the model is surer than it should be.</p>"
-        f'<div class="plots">{reliability_diagram(summary.calibration)}</div>'
+        f"average{interval}. Where a bar ends below its line, the model is surer than it should be.</p></div>"
     )
 
 

@@ -26,10 +26,10 @@ def confusion_matrix(confusion: Counts, names: tuple[str, ...]) -> str:
     ]
     part = f"The {len(shown)} of {len(names)} classes that are confused most. " if len(shown) < len(names) else ""
     return (
-        f'<p class="note">{part}Rows are true classes, columns the answers; the darker a cell, the larger its share of '
-        "the row. Numbers are pictures.</p>"
-        f'<div class="scroll"><table class="matrix"><thead><tr><td></td>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f'<p class="note">{part}Rows are true classes, columns the answers; the stronger the colour of a cell, the '
+        "larger its share of the row. Numbers are pictures.</p>"
+        f'<div class="scroll"><table class="matrix" style="--classes:{len(shown)}">'
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -65,7 +65,7 @@ def class_table(classes: tuple[ClassSummary, ...]) -> str:
     ]
     return (
         '<p class="note">Weakest class first. Recall: of its pictures, how many are found. Precision: of the answers '
-        "with this class, how many are right. F1 balances the two. Bars and small figures are 95 % intervals.</p>"
+        "with this class, how many are right. F1 balances the two. Brackets and small figures are 95 % intervals.</p>"
         '<div class="scroll tall"><table class="classes"><thead><tr><th scope="col">class</th>'
         '<th scope="col" class="number">pictures</th><th scope="col">recall %</th><th scope="col">precision %</th>'
         f'<th scope="col">F1 %</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
@@ -86,6 +86,6 @@ def interval_text(interval: Interval, digits: int = 1) -> str:
 
 
 def range_bar(percent: float, interval: Interval) -> str:
-    """Return a track from 0 to 100 % with the interval as a bar and the figure as a dot."""
+    """Return a bar from 0 to the figure on a track up to 100 %, with a bracket for the interval."""
     low, high = interval
     return f'<span class="range" style="--low:{low:.2f}%;--width:{high - low:.2f}%;--at:{percent:.2f}%"></span>'
