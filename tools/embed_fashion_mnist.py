@@ -1,4 +1,4 @@
-"""Write src/coatnet/data/embedded/fashion_mnist_small.zip: `python tools/embed_fashion_mnist.py`, the same bytes each time."""
+"""Write the archive of `coatnet.data.embedded`, the same bytes each time: `python tools/embed_fashion_mnist.py`."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, _LimitError):
         return str(error)
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture of a known kind (JPEG, PNG, WebP, BMP, GIF)."
+        return "damaged, or not a picture of a known kind (JPEG, PNG, WebP, BMP, GIF)."
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})."
     said = " ".join(str(error).split())[:200]

@@ -46,7 +46,9 @@ def apply(operation: str, image: Tensor, magnitude: float, rng: np.random.Genera
         case "Posterize":
             return F.posterize(image, min(8, int(level * 4)))  # beyond 8 bits nothing is left to drop
         case "Solarize":
-            return torch.where(image < int(level * 256), image, 255 - image)
+            return torch.where(
+                image.int() < int(level * 256), image, 255 - image
+            )  # as int: 256 would wrap to 0 in uint8
         case "SolarizeAdd":
             brighter = (image.int() + int(level * 110)).clamp_(0, 255).to(torch.uint8)
             return torch.where(image < 128, brighter, image)
