@@ -107,7 +107,7 @@ def test_a_bad_files_place_is_taken_by_the_next_of_the_list(holed):
     assert_same(list(loader(holed).batches(6, 11)), batches[6:], "entered behind the bad files")
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_stop_stops_with_the_files_name_in_one_line(holed, num_workers):
     stopping = loader(holed, on_bad_image="stop", num_workers=num_workers)
     with pytest.raises(BadImageError, match=r"^[^\n]*\.png: damaged[^\n]*$"):
