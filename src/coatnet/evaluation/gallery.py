@@ -42,7 +42,8 @@ def worst_mistakes(outcome: Outcome, image_set: ImageSet) -> str:
         f"<figure>{_thumbnail(outcome, int(i), image_set)}<figcaption>"
         f'<b class="wrong">{escape(outcome.class_names[outcome.predictions[i]])}</b><br>'
         f"{100 * outcome.confidences[i]:.1f} %, is {escape(outcome.class_names[outcome.targets[i]])}"
-        f'<span class="file" title="{escape(outcome.names[i])}">{escape(outcome.names[i])}</span></figcaption></figure>'
+        f'<span class="file" title="{escape(outcome.names[i])}">{escape(outcome.names[i].rpartition("/")[2])}</span>'
+        "</figcaption></figure>"
         for i in _most_confident(outcome, wrong)[:MAX_MISTAKES]
     ]
     return f'<div class="mistakes">{"".join(figures)}</div>' if figures else ""

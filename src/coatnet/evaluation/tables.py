@@ -10,7 +10,7 @@ from coatnet.evaluation.gallery import most_confused
 from coatnet.evaluation.metrics import ClassSummary, Counts, Interval
 
 MAX_MATRIX_CLASSES = 30  # more cannot be read on a page
-DARK_CELL = 0.55  # from this share on a cell's letters are light
+STRONG_RIGHT, STRONG_WRONG = 0.55, 0.35  # share of a row from which a cell's letters must stand out
 
 
 def confusion_matrix(confusion: Counts, names: tuple[str, ...]) -> str:
@@ -48,7 +48,7 @@ def _cell(count: int, support: int, right: bool) -> str:
     if not count:
         return "<td></td>"
     share = count / support
-    css = ("right" if right else "wrong") + (" strong" if share > DARK_CELL else "")
+    css = ("right" if right else "wrong") + (" strong" if share > (STRONG_RIGHT if right else STRONG_WRONG) else "")
     return f'<td class="{css}" style="--share:{share:.3f}" title="{100 * share:.1f} % of the row">{count}</td>'
 
 
