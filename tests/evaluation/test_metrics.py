@@ -74,15 +74,16 @@ def test_loss_and_probabilities_are_torchs(outcome: Outcome, loss: Any):
         want, probabilities = F.cross_entropy(logits, targets), logits.softmax(dim=1)
     else:
         one_hot = F.one_hot(targets, logits.shape[1]).double()
-        want, probabilities = F.binary_cross_entropy_with_logits(logits, one_hot), logits.sigmoid()
+        want = F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none").sum(dim=1).mean()
+        probabilities = logits.sigmoid()
     assert summarise(outcome).loss == pytest.approx(float(want), rel=1e-5)
     np.testing.assert_allclose(outcome.probabilities, probabilities.numpy(), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("loss", "want"), [("softmax", 1e4), ("sigmoid", 5e3)])
-def test_huge_logits_neither_overflow_nor_warn(loss: Any, want: float):
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_huge_logits_neither_overflow_nor_warn(loss: Any):
     found = summarise(make_outcome([[1e4, -1e4], [-1e4, 1e4]], [0, 0], loss=loss))
-    assert found.loss == pytest.approx(want)
+    assert found.loss == pytest.approx(1e4)
     assert found.top1_percent == 50
 
 

@@ -100,7 +100,7 @@ class Summary:
     top1_interval: Interval
     top5_percent: float | None  # None with five classes or fewer, where it says nothing
     top5_interval: Interval | None
-    loss: float  # nats: cross-entropy, or binary cross-entropy averaged over classes too for sigmoid
+    loss: float  # nats: cross-entropy; for sigmoid binary cross-entropy summed over the classes, as in training
     loss_interval: Interval | None  # None for a single picture
     ece_percent: float  # expected calibration error
     ece_interval: Interval | None
@@ -243,7 +243,7 @@ def _losses(outcome: Outcome) -> Floats:
     logits = outcome.logits
     own = np.take_along_axis(logits, outcome.targets[:, None], axis=1)[:, 0].astype(np.float64)
     if outcome.loss == "sigmoid":
-        return np.logaddexp(0, logits, dtype=np.float64).mean(axis=1) - own / logits.shape[1]
+        return np.logaddexp(0, logits, dtype=np.float64).sum(axis=1) - own
     top = logits.max(axis=1, keepdims=True)
     return np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64)) + top[:, 0] - own
 
