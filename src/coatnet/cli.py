@@ -1,0 +1,297 @@
+"""The command `coatnet`. Commands are thin: they read what was typed, call a room, and print what came back.
+
+Exit status: 0 done, 1 could not (a message of a line or two), 2 called wrongly. Torch loads only where it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from coatnet import __version__
+from coatnet.errors import CoatnetError, ConfigError
+
+if TYPE_CHECKING:
+    from coatnet.evaluation.metrics import Summary
+    from coatnet.training.finish import Result
+
+app = App(
+    name="coatnet",
+    help="CoAtNet: train it on your own pictures, look at what it learned, use it.",
+    help_epilogue="Start with:  coatnet train PICTURES     (a folder with one folder of pictures a class)",
+    help_format="plaintext",
+    version=__version__,
+    result_action="return_value",
+)
+
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object instead of text.")]
+Device = Annotated[str, Parameter(help="cpu, cuda, cuda:0, mps, or auto for the best at hand.")]
+
+
+def parse_duration_s(text: str) -> float:
+    """Return seconds of "90", "90s", "20m" or "1.5h". Raises: ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(f"A time of '{text}' cannot be read. Give it like 90s, 20m or 1.5h.")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return (height, width) in px of "224" or "192x256". Raises: ConfigError."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    if match is None or 0 in (int(match[1]), int(match[2] or match[1])):
+        raise ConfigError(f"An image size of '{text}' cannot be read. Give it like 224 or 192x256 (height x width).")
+    return int(match[1]), int(match[2] or match[1])
+
+
+@app.command
+def models(*, image_size: str | None = None, json: Json = False) -> None:
+    """Show the family: parameters, multiply-adds, the paper's accuracy.
+
+    Example: coatnet models --image-size 384
+
+    Parameters
+    ----------
+    image_size: str
+        Count at this size in px, like 384 or 192x256; absent, at each network's own.
+    """
+    from coatnet.family_table import rows, show
+
+    found = rows(parse_size(image_size) if image_size else None)
+    print_json(found) if json else show(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """What `coatnet train` may be told; what is absent is chosen from the data and the machine."""
+
+    model: str | None = None
+    """A name from `coatnet models`."""
+    recipe: str | None = None
+    """A row of recipes.py, like small_scratch or imagenet_1k."""
+    image_size: str | None = None
+    """px, like 128 or 96x128 (height x width)."""
+    epochs: float | None = None
+    """Passes over the training pictures."""
+    max_time: str | None = None
+    """End within this time, like 20m; the rate's schedule ends with it."""
+    batch_size: int | None = None
+    """Pictures an update, over all ranks."""
+    microbatch_size: int | None = None
+    """Pictures held at once; smaller saves memory."""
+    peak_lr: float | None = None
+    """Highest learning rate."""
+    weight_decay: float | None = None
+    """Of weights; norms, biases and bias tables never decay."""
+    label_smoothing: float | None = None
+    """0 to below 1."""
+    stochastic_depth: float | None = None
+    """Rate at the last block, 0 to below 1."""
+    flip_rate: float | None = None
+    """Share of pictures mirrored; 0 where left and right matter."""
+    mixup: float | None = None
+    """Alpha of mixup, like 0.8."""
+    cutmix: float | None = None
+    """Alpha of cutmix, like 1.0."""
+    ema_decay: float | None = None
+    """Of the weights' moving average, like 0.9999."""
+    holdout: float | None = None
+    """Percent of an unsplit folder set apart for validation; 0 trains on everything."""
+    patience: int | None = None
+    """Stop after so many epochs without improvement, and keep the best model."""
+    init: str | None = None
+    """Start from this run, model folder or safetensors file."""
+    freeze: Literal["S0", "S1", "S2", "S3", "S4"] | None = None
+    """Leave everything up to this stage as it is."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Of the computation; weights are kept in fp32."""
+    compile: bool | None = None
+    """Compile the network with torch.compile: slower start, faster updates on a GPU."""
+    activation_checkpointing: bool | None = None
+    """Compute activations twice to hold fewer of them."""
+    device: str | None = None
+    """cpu, cuda, cuda:0 or mps; absent, the best at hand."""
+    workers: int | None = None
+    """Processes that read pictures."""
+    checkpoint_every: str | None = None
+    """Time between checkpoints, like 5m."""
+    on_bad_image: Literal["skip", "stop"] | None = None
+    """What to do with a file that cannot be read."""
+    seed: int | None = None
+    """Everything random follows from it."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what was given, under the config's names."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        for flag, name in _RENAMED.items():
+            if flag in given:
+                given[name] = given.pop(flag)
+        if "image_size" in given:
+            given["image_size"] = parse_size(given["image_size"])
+        for name in ("max_time_s", "checkpoint_interval_s"):
+            if name in given:
+                given[name] = parse_duration_s(given[name])
+        return given
+
+
+_RENAMED = {
+    "epochs": "num_epochs",
+    "max_time": "max_time_s",
+    "batch_size": "global_batch_size",
+    "stochastic_depth": "stochastic_depth_rate",
+    "mixup": "mixup_alpha",
+    "cutmix": "cutmix_alpha",
+    "holdout": "holdout_percent",
+    "patience": "patience_epochs",
+    "workers": "num_workers",
+    "checkpoint_every": "checkpoint_interval_s",
+}
+
+
+@app.command
+def train(
+    data: str | None = None,
+    *,
+    out: Path | None = None,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    flags: Annotated[TrainFlags, Parameter(name="*")] = TrainFlags(),  # noqa: B008 - frozen
+    json: Json = False,
+) -> None:
+    """Train a network on a folder of labelled pictures and leave a run folder with model and report.
+
+    Example: coatnet train PICTURES --max-time 20m
+
+    Parameters
+    ----------
+    data: str
+        Folder of class/picture.jpg, or with train/, val/, test/ of such; or fashion-mnist.
+    out: Path
+        Run folder; absent, runs/NAME after the data.
+    resume: bool
+        Go on with the run in --out, or with the newest one below runs/.
+    overwrite: bool
+        Replace the run that is there.
+    """
+    from coatnet.training.command import train_from_flags
+
+    result = train_from_flags(data, out, resume=resume, overwrite=overwrite, given=flags.settings(), quiet=json)
+    if json:
+        print_json(_result_figures(result))
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Path,
+    data: str,
+    *,
+    part: Literal["train", "val", "test"] | None = None,
+    batch_size: int = 256,
+    device: Device = "auto",
+    workers: int = 0,
+    json: Json = False,
+) -> None:
+    """Measure a trained model on labelled pictures: accuracy with 95 % intervals, class by class.
+
+    Example: coatnet eval runs/PICTURES PICTURES --part val
+
+    Parameters
+    ----------
+    run: Path
+        Run folder or model folder.
+    data: str
+        Folder of class/picture.jpg, or with train/, val/, test/ of such; or fashion-mnist.
+    part: str
+        Which part of the data; absent, test, else val, else everything.
+    """
+    from coatnet.evaluation.command import evaluate_run, show
+
+    summary, name, bad_images = evaluate_run(
+        run, data, part=part, batch_size=batch_size, device=device, num_workers=workers
+    )
+    if json:
+        print_json({"data": data, "part": name, "bad_images": bad_images, **summary.to_dict()})
+    else:
+        show(summary, name, bad_images)
+
+
+@app.command
+def predict(
+    run: Path,
+    images: Annotated[list[str], Parameter(allow_leading_hyphen=True)],
+    *,
+    k: int = 5,
+    format: Literal["table", "csv", "jsonl"] = "table",  # noqa: A002 - what users call it
+    device: Device = "auto",
+) -> None:
+    """Name what is on pictures: the k most probable labels of each.
+
+    Example: coatnet predict runs/PICTURES "holiday/*.jpg" --format csv
+
+    Parameters
+    ----------
+    run: Path
+        Run folder or model folder.
+    images: list[str]
+        Files, folders, globs, or - for paths on standard input.
+    k: int
+        How many labels for each.
+    format: str
+        A table to read, CSV, or a JSON object a line.
+    """
+    from coatnet.evaluation.command import predict_files
+
+    if num_bad := predict_files(run, images, k=k, output=format, device=device):
+        raise CoatnetError(f"{num_bad} of the files could not be read; they are named above.")
+
+
+def _result_figures(result: Result) -> dict[str, Any]:
+    summary: Summary | None = result.summary
+    return {
+        "run": str(result.run),
+        "part": result.part,
+        "top1_percent": summary.top1_percent if summary else None,
+        "top1_interval": summary.top1_interval if summary else None,
+        "n": summary.n if summary else 0,
+        "seconds": round(result.seconds, 3),
+        "num_bad_images": result.num_bad_images,
+        "was_interrupted": result.was_interrupted,
+    }
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value."""
+    print(json.dumps(value, indent=2))
+
+
+def run(tokens: Sequence[str]) -> int:
+    """Run one command line and return its exit status."""
+    debug = "--debug" in tokens
+    try:
+        app([token for token in tokens if token != "--debug"], exit_on_error=False)
+    except CycloptsError:
+        return 2  # it has said why
+    except CoatnetError as error:
+        if debug:
+            raise
+        print(f"coatnet: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("coatnet: stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return 0
+
+
+def main() -> None:
+    """Run the command line that was typed."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""This process among others. The only room that knows torch.distributed; alone, every call is a plain one.
+
+Under `torchrun` the group is joined from its environment: NCCL on CUDA, gloo elsewhere. Gradients are averaged over
+ranks by DDP. BatchNorm takes its statistics from each rank's own share, and rank 0's running statistics are kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from coatnet.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this is, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and speaks to the user."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any rank says so; all ranks must ask."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+
+    def first_says(self, value: float) -> float:
+        """Return rank 0's number on every rank, for decisions that follow a clock."""
+        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.broadcast(shared, 0)
+        return shared.item()
+
+    def wait(self) -> None:
+        """Return when every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """Have the gradients of a network averaged over ranks; it must have its start weights already."""
+        if self.size == 1:
+            return network
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=devices)
+
+    def hold_gradients(self, network: nn.Module, hold: bool) -> AbstractContextManager[None]:
+        """Keep gradients local while `hold`: all but the last microbatch of an update need no exchange."""
+        if hold and isinstance(network, DistributedDataParallel):
+            return network.no_sync()
+        return nullcontext()
+
+
+def is_first_rank() -> bool:
+    """Return whether this process speaks to the user, before any group is joined."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name: "cpu", "cuda", "cuda:1", "mps", or "auto" for the best at hand.
+
+    Raises: ConfigError if it is unknown or not at hand.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"There is no device '{name}'. Use cpu, cuda, cuda:0 or mps.") from None
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(device.type, False):
+        raise ConfigError(
+            f"Device '{name}' is not at hand here. There is: {', '.join(k for k, v in present.items() if v)}."
+        )
+    return device
+
+
+@contextmanager
+def join(device: str) -> Generator[Ranks]:
+    """Join the group that torchrun started, or be alone; leave it at the end."""
+    found = find_device(device)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks(0, 1, found)
+        return
+    if found.type == "cuda":
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(found)
+    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), found)
+    finally:
+        dist.destroy_process_group()

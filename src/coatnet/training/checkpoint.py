@@ -1,0 +1,107 @@
+"""Checkpoints: folders written aside and renamed, checked before use. Nothing in them is code.
+
+RUN/checkpoints/step-00001200/ holds network, optimizer and average as safetensors, `state.json` for the numbers, and
+a manifest with every file's SHA-256. A damaged checkpoint is passed over for the one before it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from coatnet.errors import ModelFileError
+from coatnet.files import new_folder, read_json, verify_folder, write_json
+from coatnet.training.ema import Ema
+
+NUM_KEPT = 2
+
+
+@dataclass
+class State:
+    """Everything that moves while training; the draws need no place here, since they follow from the step."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    step: int = 0  # updates done
+    elapsed_s: float = 0.0  # of training, over all its pieces
+    loss_sum: float = 0.0  # since the last row of the history
+    num_losses: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    best_top1_percent: float | None = None
+    best_epoch: float = 0.0
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what `state.json` holds."""
+        names = ("step", "elapsed_s", "loss_sum", "num_losses", "history", "best_top1_percent", "best_epoch")
+        return {name: getattr(self, name) for name in names}
+
+
+def save(run: Path, state: State) -> Path:
+    """Write a checkpoint of this moment and remove all but the newest few."""
+    folder = run / "checkpoints" / f"step-{state.step:08d}"
+    with new_folder(folder) as aside:
+        save_file(_whole(state.network.state_dict()), aside / "network.safetensors")
+        save_file(_optimizer_tensors(state), aside / "optimizer.safetensors")
+        if state.ema is not None:
+            save_file(_whole(state.ema.network.state_dict()), aside / "ema.safetensors")
+        write_json(aside / "state.json", state.numbers())
+    for old in _newest_first(run)[NUM_KEPT:]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_newest(run: Path, state: State) -> tuple[Path | None, list[str]]:
+    """Fill `state` from the newest good checkpoint; return its folder, if any, and what was wrong with newer ones."""
+    damage: list[str] = []
+    for folder in _newest_first(run):
+        try:
+            verify_folder(folder)
+        except ModelFileError as error:
+            damage.append(str(error))
+            continue
+        _load(folder, state)
+        return folder, damage
+    return None, damage
+
+
+def _newest_first(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+
+
+def _load(folder: Path, state: State) -> None:
+    state.network.load_state_dict(load_file(folder / "network.safetensors"))
+    if state.ema is not None:
+        state.ema.network.load_state_dict(load_file(folder / "ema.safetensors"))
+    _load_optimizer(load_file(folder / "optimizer.safetensors"), state)
+    for name, value in read_json(folder / "state.json").items():
+        setattr(state, name, value)
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _optimizer_tensors(state: State) -> dict[str, Tensor]:
+    """Return the optimizer's tensors as "parameter/kind"; parameters that do not learn have none."""
+    return {
+        f"{name}/{kind}": tensor.detach().contiguous()
+        for name, parameter in state.network.named_parameters()
+        for kind, tensor in state.optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer(tensors: dict[str, Tensor], state: State) -> None:
+    parameters = dict(state.network.named_parameters())
+    for key, tensor in tensors.items():
+        name, kind = key.rsplit("/", 1)
+        parameter = parameters[name]
+        if kind != "step":
+            tensor = torch.empty_like(parameter).copy_(tensor)  # same place and memory layout as the parameter
+        state.optimizer.state[parameter][kind] = tensor

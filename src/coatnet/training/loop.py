@@ -1,0 +1,291 @@
+"""One training run, from a config to a run folder. One process and many, new, resumed and fine-tuned: the same lines."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coatnet.config import TrainConfig
+from coatnet.data import draws
+from coatnet.data.loader import Batch, TrainLoader
+from coatnet.data.mixing import mix
+from coatnet.data.sources import DataSet, open_data
+from coatnet.data.transforms import Augmentation, Preprocessing
+from coatnet.errors import ConfigError, TrainingError
+from coatnet.evaluation.metrics import evaluate, summarise
+from coatnet.files import write_json
+from coatnet.ranks import Ranks, join
+from coatnet.training import checkpoint, run_folder
+from coatnet.training.ema import Ema
+from coatnet.training.finish import Result, finish
+from coatnet.training.losses import loss_of, soft_targets
+from coatnet.training.optimizer import learning_rate, make_optimizer, set_rate
+from coatnet.training.run import Progress, Run, as_classifier, teller
+from coatnet.training.start import build, freeze, initialise, to_train_mode
+
+NUM_STEPS_UNCHECKED = 20  # on an accelerator a look at the loss stops the queue, so it is looked at so often
+
+
+def train(config: TrainConfig, *, start: run_folder.Start = "new", progress: Progress | None = None) -> Result:
+    """Train as the config says and leave a run folder with model, report and record.
+
+    "resume" goes on from the newest good checkpoint; Ctrl-C leaves a checkpoint and a model and returns what is there.
+    Raises: TrainingError, DataError, ConfigError, ModelFileError.
+    """
+    with join(config.device) as ranks:
+        if ranks.is_first:
+            run_folder.prepare(config, start)
+        ranks.wait()
+        run = _set_up(config, ranks, progress)
+        was_interrupted = _train_to_end(run)
+        return finish(run, was_interrupted)
+
+
+def _set_up(config: TrainConfig, ranks: Ranks, progress: Progress | None) -> Run:
+    folder = Path(config.out)
+    data = open_data(
+        config.data, seed=config.seed, holdout_percent=config.holdout_percent, split=run_folder.read_split(folder)
+    )
+    _check_fits(config, data, ranks)
+    if ranks.is_first and data.split is not None:
+        write_json(folder / "split.json", {part: list(names) for part, names in data.split.items()})
+    network = build(config.model, config.seed)
+    notes = initialise(network, Path(config.init)) if config.init else []
+    network.to(device=ranks.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    network.activation_checkpointing = config.activation_checkpointing
+    if config.freeze:
+        freeze(network, config.freeze)
+    ema = Ema(network, config.ema_decay) if config.ema_decay is not None else None
+    state = checkpoint.State(network, make_optimizer(network, config.optimizer), ema)
+    found, damage = checkpoint.load_newest(folder, state)
+    notes += damage + ([f"resumed from {found.name}"] if found else [])
+    loader = TrainLoader(
+        data.train,
+        Augmentation(config.augment, config.preprocessing),
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        rank=ranks.rank,
+        num_ranks=ranks.size,
+        num_workers=config.num_workers,
+        on_bad_image=config.on_bad_image,
+    )
+    run = Run(
+        config=config,
+        ranks=ranks,
+        data=data,
+        state=state,
+        model=ranks.wrap(torch.compile(network) if config.compile else network),  # pyright: ignore[reportArgumentType]
+        loader=loader,
+        preprocessing=Preprocessing(config.preprocessing),
+        tell=print,
+        started_s=time.perf_counter() - state.elapsed_s,
+        bad_images={},
+    )
+    run.tell = teller(run, progress if ranks.is_first else None)
+    for note in notes:
+        run.tell(note)
+    return run
+
+
+def _check_fits(config: TrainConfig, data: DataSet, ranks: Ranks) -> None:
+    """Raise ConfigError where data, ranks and config are at odds."""
+    if len(data.class_names) != config.model.num_classes:
+        raise ConfigError(
+            f"{config.data} has {len(data.class_names)} classes, the model {config.model.num_classes}. "
+            "Give num_classes the number of classes."
+        )
+    share, rest = divmod(config.global_batch_size, ranks.size)
+    if rest:
+        raise ConfigError(
+            f"A batch of {config.global_batch_size} has no equal shares for {ranks.size} ranks. Give a multiple of it."
+        )
+    mixes = config.augment.mixup_alpha is not None or config.augment.cutmix_alpha is not None
+    held = config.microbatch_size or share
+    if mixes and (share % 2 or held % 2):
+        raise ConfigError(
+            f"Mixing takes pictures in pairs, but a rank's share is {share} and a microbatch {held}. Make both even."
+        )
+
+
+def _train_to_end(run: Run) -> bool:
+    """Update until the run is done; return whether Ctrl-C ended it before."""
+    saved_s = run.elapsed_s()
+    next_evaluation = _next_evaluation(run)
+    with _asked_to_stop() as asked:
+        for batch in _batches(run):
+            _step(run, batch)
+            run.tell(None)
+            done = run.progress() >= 1.0
+            if run.epoch >= next_evaluation or done:
+                _evaluate(run)
+                next_evaluation = _next_evaluation(run)
+                done = done or _is_stale(run)
+            stop = run.ranks.any(bool(asked))
+            if done or stop or run.ranks.first_says(run.elapsed_s()) - saved_s > run.config.checkpoint_interval_s:
+                _save(run)
+                saved_s = run.elapsed_s()
+            if stop and not done:
+                _save_model(run)
+                return True
+            if done:
+                break
+    return False
+
+
+@contextmanager
+def _asked_to_stop() -> Generator[list[int]]:
+    """Gather Ctrl-C instead of breaking an update in two; a second one breaks."""
+    asked: list[int] = []
+
+    def note(number: int, frame: object) -> None:  # noqa: ARG001 - the caller gives it
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread hears signals
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _batches(run: Run) -> Iterator[Batch]:
+    if run.progress() < 1.0:
+        yield from run.loader.batches(run.state.step, run.num_steps)
+
+
+def _next_evaluation(run: Run) -> float:
+    """Return the epoch of the next evaluation; it follows from the step alone, so a resumed run has the same ones."""
+    interval = run.config.evaluation_interval_epochs
+    return (run.epoch // interval + 1) * interval
+
+
+def _step(run: Run, batch: Batch) -> None:
+    """Update the weights once from this rank's share of one global batch."""
+    config, state = run.config, run.state
+    warmup_share = config.optimizer.warmup_steps / run.num_steps
+    run.rate = learning_rate(config.optimizer, state.step, warmup_share, run.progress())
+    set_rate(state.optimizer, run.rate)
+    to_train_mode(run.network, config.freeze)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=run.ranks.device)
+    micro_batches = list(batch.split(config.microbatch_size or len(batch)))
+    for micro in micro_batches:
+        with run.ranks.hold_gradients(run.model, hold=micro is not micro_batches[-1]):
+            loss = _loss(run, micro) * (len(micro) / len(batch))
+            loss.backward()
+        loss_sum += loss.detach()
+    grad_norm = nn.utils.clip_grad_norm_(run.network.parameters(), config.optimizer.max_grad_norm or float("inf"))
+    _note_loss(run, run.ranks.sum(loss_sum) / run.ranks.size, grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    if state.ema is not None:
+        state.ema.update(run.network, state.step)
+
+
+def _loss(run: Run, micro: Batch) -> Tensor:
+    """Return the mean loss of one microbatch; every draw in it is keyed to the sample's place in the order."""
+    config, device = run.config, run.ranks.device
+    images = run.preprocessing.normalise(micro.images.to(device, non_blocking=True))
+    targets = soft_targets(micro.targets.to(device), config.model.num_classes, config.label_smoothing)
+    images, targets = mix(
+        images,
+        targets,
+        micro.positions,
+        seed=config.seed,
+        mixup_alpha=config.augment.mixup_alpha,
+        cutmix_alpha=config.augment.cutmix_alpha,
+    )
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        logits = run.model(images, _depth_draws(run, micro))
+    return loss_of(config.loss, logits, targets)
+
+
+def _depth_draws(run: Run, micro: Batch) -> Tensor | None:
+    """Draw stochastic depth's uniform numbers, (B, branches), from each sample's place."""
+    if run.config.model.stochastic_depth_rate == 0:
+        return None
+    epochs, positions = micro.epochs.numpy(), micro.positions.numpy()
+    numbers = draws.uniforms(run.config.seed, "depth", epochs, positions, run.network.num_depth_draws)
+    return torch.from_numpy(numbers).float().to(run.ranks.device)
+
+
+def _note_loss(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
+    """Add the loss to the running mean, and stop a run whose loss or gradient is no number."""
+    state, device = run.state, run.ranks.device
+    if device.type != "cpu" and (state.step + 1) % NUM_STEPS_UNCHECKED:
+        return
+    value, norm = loss.item(), grad_norm.item()
+    if value != value or abs(value) == float("inf") or norm != norm or norm == float("inf"):
+        raise TrainingError(
+            f"Step {state.step}: the loss is {value:.4g} at rate {run.rate:.3g}, gradient norm {norm:.4g}. "
+            "Lower --peak-lr or train in fp32; the last checkpoint is whole."
+        )
+    state.loss_sum += value
+    state.num_losses += 1
+
+
+def _evaluate(run: Run) -> None:
+    """Add a row to the history, and leave the model as it is now where it is the best or the last."""
+    state = run.state
+    row: dict[str, Any] = {
+        "step": state.step,
+        "epoch": round(run.epoch, 6),
+        "lr": run.rate,
+        "train_loss": state.loss_sum / max(1, state.num_losses),
+    }
+    state.loss_sum, state.num_losses = 0.0, 0
+    if run.ranks.is_first:
+        if run.data.val is not None:
+            summary = summarise(evaluate(as_classifier(run), run.data.val, num_workers=run.config.num_workers))
+            row |= {"val_loss": summary.loss, "val_top1_percent": summary.top1_percent}
+        if _improves(state, row) or run.config.patience_epochs is None:
+            _save_model(run)
+    top1 = run.ranks.first_says(row.get("val_top1_percent", 0.0))
+    if _improves(state, {"val_top1_percent": top1}):
+        state.best_top1_percent, state.best_epoch = top1, row["epoch"]
+    state.history.append(row)
+    if run.ranks.is_first:
+        run_folder.write_history(Path(run.config.out), state.history)
+        run.tell(_in_words(row))
+
+
+def _save_model(run: Run) -> None:
+    if run.ranks.is_first:
+        extra = {"step": run.state.step, "recipe": run.config.recipe}
+        as_classifier(run).save(Path(run.config.out) / "model", extra=extra)
+
+
+def _improves(state: checkpoint.State, row: dict[str, Any]) -> bool:
+    return row.get("val_top1_percent", 0.0) > (-1.0 if state.best_top1_percent is None else state.best_top1_percent)
+
+
+def _is_stale(run: Run) -> bool:
+    """Return whether validation has not improved for as long as the config's patience."""
+    patience = run.config.patience_epochs
+    return patience is not None and run.data.val is not None and run.epoch - run.state.best_epoch >= patience
+
+
+def _save(run: Run) -> None:
+    run.state.elapsed_s = run.elapsed_s()
+    if run.ranks.is_first:
+        checkpoint.save(Path(run.config.out), run.state)
+    run.ranks.wait()
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    words = f"epoch {row['epoch']:.4g}  training loss {row['train_loss']:.4f}"
+    if "val_loss" in row:
+        words += f"  validation loss {row['val_loss']:.4f}  top-1 {row['val_top1_percent']:.2f} %"
+    return words

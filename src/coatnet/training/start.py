@@ -1,0 +1,90 @@
+"""Where a run's weights begin: drawn from the seed, or taken from a trained network, and what of it stays as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coatnet.classifier import load
+from coatnet.config import ModelConfig
+from coatnet.errors import ModelFileError
+from coatnet.model.network import CoAtNet
+
+STAGES = ("s0", "s1", "s2", "s3", "s4")
+
+
+def build(config: ModelConfig, seed: int) -> CoAtNet:
+    """Build a network whose weights follow from the seed, leaving torch's own generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CoAtNet(config)
+
+
+def read_weights(source: Path) -> dict[str, Tensor]:
+    """Read the weights of a run folder, a model folder or a safetensors file. Raises: ModelFileError."""
+    if source.is_dir():
+        return load(source).network.state_dict()
+    if source.suffix != ".safetensors":
+        raise ModelFileError(f"{source} is no run, model folder or .safetensors file. Give one of these.")
+    try:
+        return load_file(source)
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(f"{source} cannot be read: {error}.") from None
+
+
+def initialise(network: CoAtNet, source: Path) -> list[str]:
+    """Take a trained network's weights; return notes on what was adapted.
+
+    Bias tables of another resolution are interpolated (A.1); a classifier for other classes starts anew.
+    Raises: ModelFileError naming the first tensor of another network.
+    """
+    found, wanted = read_weights(source), network.state_dict()
+    notes: list[str] = []
+    if "classifier.weight" in found and found["classifier.weight"].shape != wanted["classifier.weight"].shape:
+        notes.append(f"the classifier starts anew: {len(wanted['classifier.bias'])} classes")
+        found = {**found, **{name: wanted[name] for name in ("classifier.weight", "classifier.bias")}}
+    tables = [name for name in wanted if name.endswith("bias.table") and name in found]
+    resized = [name for name in tables if found[name].shape[1:] != wanted[name].shape[1:]]
+    for name in resized:
+        found[name] = resize_table(found[name], wanted[name].shape[1:])
+    if resized:
+        notes.append(f"{len(resized)} bias tables were interpolated to {network.config.image_size} px")
+    bad = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
+    bad += [name for name in found if name not in wanted]
+    if bad:
+        name = bad[0]
+        shapes = [tuple(tensors[name].shape) if name in tensors else "none" for tensors in (found, wanted)]
+        raise ModelFileError(
+            f"{source}: {len(bad)} tensors are of another network. {name}: file {shapes[0]}, model {shapes[1]}. "
+            "Give --model the name of the file's network."
+        )
+    network.load_state_dict(found)
+    return notes
+
+
+def resize_table(table: Tensor, size: torch.Size) -> Tensor:
+    """Interpolate a bias table bilinearly: (M, 2H-1, 2W-1) -> (M, *size)."""
+    return F.interpolate(table[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+
+
+def freeze(network: CoAtNet, last_stage: str) -> None:
+    """Keep S0 .. `last_stage` as they are: their weights do not learn, their BatchNorm statistics do not move."""
+    for stage in frozen_stages(network, last_stage):
+        stage.requires_grad_(False)
+
+
+def frozen_stages(network: CoAtNet, last_stage: str | None) -> tuple[nn.Module, ...]:
+    """Return the stages up to `last_stage`; none for None."""
+    return () if last_stage is None else network.stages[: STAGES.index(last_stage.lower()) + 1]
+
+
+def to_train_mode(network: CoAtNet, frozen: str | None) -> None:
+    """Switch to training, the frozen stages excepted."""
+    network.train()
+    for stage in frozen_stages(network, frozen):
+        stage.eval()
