@@ -106,7 +106,13 @@ def _check_choice(name: str, value: object, hint: Any) -> None:
             f"It must be {hint.__name__}",
         )
     elif get_origin(hint) is tuple:
-        _check(isinstance(value, tuple), f"{name} is {value!r}", "It must be a list")
+        kind = get_args(hint)[0]
+        fits = isinstance(value, tuple) and all(
+            isinstance(part, (int, float) if kind is float else kind) and not isinstance(part, bool) for part in value
+        )
+        _check(fits, f"{name} is {value}", f"It must be a list of {'numbers' if kind is float else 'whole numbers'}")
+    elif isinstance(hint, type):
+        _check(isinstance(value, hint), f"{name} is {value!r}", f"It must be a {hint.__name__}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,14 +165,14 @@ class ModelConfig(Config):
             f"s3_mbconv is {self.s3_mbconv} in layout {self.layout}",
             "It must be (blocks, channels), and S3 must be T",
         )
+        for name in ("head_dim", "window_size", "patch_size", "in_channels", "num_classes"):
+            _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}", "It must be 1 or more")
         for width in self.attention_widths:
             _check(
                 width % self.head_dim == 0,
                 f"An attention stage of {width} channels has no whole number of heads of {self.head_dim}",
                 "Give a head_dim that divides it",
             )
-        for name in ("head_dim", "window_size", "patch_size", "in_channels", "num_classes"):
-            _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}", "It must be 1 or more")
         _check_size("image_size", self.image_size)
         _check_rate("stochastic_depth_rate", self.stochastic_depth_rate)
         _check_rate("batch_norm_momentum", self.batch_norm_momentum)
