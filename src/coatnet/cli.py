@@ -162,7 +162,7 @@ def train(
     out: Path | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
-    flags: Annotated[TrainFlags, Parameter(name="*")] = TrainFlags(),  # noqa: B008 - frozen
+    flags: Annotated[TrainFlags, Parameter(name="*")] = TrainFlags(),
     json: Json = False,
 ) -> None:
     """Train a network on a folder of labelled pictures and leave a run folder with model and report.

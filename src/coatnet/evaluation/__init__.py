@@ -1,1 +1,1 @@
-"""How good a classifier is: figures with their uncertainty, and a page to look at."""
+"""What a trained model is worth: figures with intervals, and the report."""

@@ -82,7 +82,7 @@ def _share(percent: float | None, interval: Interval | None) -> str:
 
 def interval_text(interval: Interval, digits: int = 1) -> str:
     """Return "90.7 to 91.9", short."""
-    return f"{interval[0]:.{digits}f}&ndash;{interval[1]:.{digits}f}"
+    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
 
 
 def range_bar(percent: float, interval: Interval) -> str:
