@@ -15,7 +15,7 @@ from rich.table import Table
 from coatnet.classifier import Classifier, Prediction, load
 from coatnet.data.sources import ImageSet, list_images, open_data
 from coatnet.errors import BadImageError, DataError
-from coatnet.evaluation.metrics import Summary, evaluate, summarise
+from coatnet.evaluation.metrics import Interval, Summary, evaluate, summarise
 from coatnet.evaluation.tables import interval_text
 from coatnet.files import read_json
 from coatnet.ranks import find_device
@@ -63,14 +63,16 @@ def show(summary: Summary, part: str, bad_images: dict[str, str]) -> None:
     """Print the figures as text: the headline, then a row a class."""
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{summary.n} pictures ({part})")
-    figures = [("top-1", summary.top1_percent, summary.top1_interval, " %", 2)]
-    if summary.top5_percent is not None:
-        figures.append(("top-5", summary.top5_percent, summary.top5_interval, " %", 2))
-    figures.append(("loss", summary.loss, summary.loss_interval, "", 4))
-    figures.append(("calibration error", summary.ece_percent, summary.ece_interval, " %", 2))
+    figures: tuple[tuple[str, float | None, Interval | None, str, int], ...] = (
+        ("top-1", summary.top1_percent, summary.top1_interval, " %", 2),
+        ("top-5", summary.top5_percent, summary.top5_interval, " %", 2),
+        ("loss", summary.loss, summary.loss_interval, "", 4),
+        ("calibration error", summary.ece_percent, summary.ece_interval, " %", 2),
+    )
     for label, value, interval, unit, digits in figures:
-        between = "" if interval is None else f"   (95 %: {interval_text(interval, digits)})"
-        console.print(f"{label:18}{value:.{digits}f}{unit}{between}")
+        if value is not None:
+            between = "" if interval is None else f"   (95 %: {interval_text(interval, digits)})"
+            console.print(f"{label:18}{value:.{digits}f}{unit}{between}")
     table = Table()
     table.add_column("class")
     for heading in ("pictures", "precision %", "recall %", "F1 %"):

@@ -1,4 +1,4 @@
-"""One training run, from a config to a run folder. One process and many, new, resumed and fine-tuned: the same lines."""
+"""One training run, from a config to a run folder: the same lines for one process and many, new, resumed, fine-tuned."""
 
 from __future__ import annotations
 
