@@ -137,7 +137,7 @@ def _num_offsets(config: ModelConfig, grid: Size) -> int:
 def _attention_macs(config: ModelConfig, grid: Size, dim: int) -> int:
     """Count the two products of attention: each query with every key, each weight with every value."""
     if config.attention == "linear":
-        return 2 * _cells(grid) * config.head_dim * dim
+        return (2 * config.head_dim + 1) * _cells(grid) * dim  # the last product is each query with the keys' sum
     if config.attention == "window":
         side = config.window_size
         windows = -(-grid[0] // side) * -(-grid[1] // side)
