@@ -1,11 +1,13 @@
 """The command `coatnet`. Commands are thin: they read what was typed, call a room, and print what came back.
 
-Exit status: 0 done, 1 could not (a message of a line or two), 2 called wrongly. Torch loads only where it is used.
+Exit status: 0 done, 1 could not (a message of a line or two), 2 called wrongly, 130 stopped by Ctrl-C. Torch loads only
+where it is used.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -25,11 +27,14 @@ if TYPE_CHECKING:
 app = App(
     name="coatnet",
     help="CoAtNet: train it on your own pictures, look at what it learned, use it.",
-    help_epilogue="Start with:  coatnet train PICTURES     (a folder with one folder of pictures a class)",
+    help_epilogue="Start with:  coatnet train PICTURES     (a folder with one folder of pictures a class)\n\n"
+    "With --debug an error shows where in the code it arose.",
     help_format="plaintext",
     version=__version__,
     result_action="return_value",
 )
+
+STOPPED = 130  # exit status after Ctrl-C, as shells have it
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object instead of text.")]
 Device = Annotated[str, Parameter(help="cpu, cuda, cuda:0, mps, or auto for the best at hand.")]
@@ -97,11 +102,11 @@ class TrainFlags:
     flip_rate: float | None = None
     """Share of pictures mirrored; 0 where left and right matter."""
     mixup: float | None = None
-    """Alpha of mixup, like 0.8."""
+    """Alpha of mixup, like 0.8; 0 for none."""
     cutmix: float | None = None
-    """Alpha of cutmix, like 1.0."""
+    """Alpha of cutmix, like 1.0; 0 for none."""
     ema_decay: float | None = None
-    """Of the weights' moving average, like 0.9999."""
+    """Of the weights' moving average, like 0.9999; 0 for none."""
     holdout: float | None = None
     """Percent of an unsplit folder set apart for validation; 0 trains on everything."""
     patience: int | None = None
@@ -127,9 +132,13 @@ class TrainFlags:
     seed: int | None = None
     """Everything random follows from it."""
 
+    def given(self) -> dict[str, Any]:
+        """Return what was given, as it was typed."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
     def settings(self) -> dict[str, Any]:
-        """Return what was given, under the config's names."""
-        given = {name: value for name, value in asdict(self).items() if value is not None}
+        """Return what was given, under the config's names. Raises: ConfigError for what cannot be read."""
+        given = self.given()
         for flag, name in _RENAMED.items():
             if flag in given:
                 given[name] = given.pop(flag)
@@ -138,6 +147,9 @@ class TrainFlags:
         for name in ("max_time_s", "checkpoint_interval_s"):
             if name in given:
                 given[name] = parse_duration_s(given[name])
+        for name in ("mixup_alpha", "cutmix_alpha", "ema_decay", "holdout_percent"):
+            if given.get(name) == 0:
+                given[name] = None  # a config's word for off
         return given
 
 
@@ -164,7 +176,7 @@ def train(
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     flags: Annotated[TrainFlags, Parameter(name="*")] = TrainFlags(),
     json: Json = False,
-) -> None:
+) -> int:
     """Train a network on a folder of labelled pictures and leave a run folder with model and report.
 
     Example: coatnet train PICTURES --max-time 20m
@@ -180,11 +192,18 @@ def train(
     overwrite: bool
         Replace the run that is there.
     """
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other. Give one.")
+    if resume and flags.given():
+        named = ", ".join("--" + name.replace("_", "-") for name in flags.given())
+        raise ConfigError(f"A run is resumed with its own settings. Drop {named}, or start a new run.")
+    from coatnet.ranks import is_first_rank
     from coatnet.training.command import train_from_flags
 
     result = train_from_flags(data, out, resume=resume, overwrite=overwrite, given=flags.settings(), quiet=json)
-    if json:
+    if json and is_first_rank():
         print_json(_result_figures(result))
+    return STOPPED if result.was_interrupted else 0
 
 
 @app.command(name="eval")
@@ -225,7 +244,7 @@ def evaluate(
 @app.command
 def predict(
     run: Path,
-    images: Annotated[list[str], Parameter(allow_leading_hyphen=True)],
+    images: Annotated[list[str], Parameter(allow_leading_hyphen=True, negative="")],
     *,
     k: int = 5,
     format: Literal["table", "csv", "jsonl"] = "table",  # noqa: A002 - what users call it
@@ -273,23 +292,33 @@ def print_json(value: Any) -> None:
 
 def run(tokens: Sequence[str]) -> int:
     """Run one command line and return its exit status."""
-    debug = "--debug" in tokens
     try:
-        app([token for token in tokens if token != "--debug"], exit_on_error=False)
+        status = app([token for token in tokens if token != "--debug"], exit_on_error=False)
+        sys.stdout.flush()
+        return status or 0
     except CycloptsError:
         return 2  # it has said why
-    except CoatnetError as error:
-        if debug:
-            raise
-        print(f"coatnet: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("coatnet: stopped.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()
+        return STOPPED
+    except BrokenPipeError:  # whoever read our output has gone; what is left of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    except Exception as error:
+        if "--debug" in tokens:
+            raise
+        print(f"coatnet: {_in_words(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _in_words(error: Exception) -> str:
+    """Say in a line or two what went wrong."""
+    if isinstance(error, CoatnetError | OSError):
+        return str(error)
+    first = next(iter(str(error).splitlines()), "")
+    if "out of memory" in first.lower():
+        return f"{first.rstrip('.')}. Give a smaller --microbatch-size, --image-size or --model."
+    return f"{type(error).__name__}: {first.rstrip('.')}. This is not your fault; --debug shows where it arose."
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """This process among others. The only room that knows torch.distributed; alone, every call is a plain one.
 
-Under `torchrun` the group is joined from its environment: NCCL on CUDA, gloo elsewhere. Gradients are averaged over
-ranks by DDP. BatchNorm takes its statistics from each rank's own share, and rank 0's running statistics are kept.
+Under `torchrun` the group is joined from its environment: NCCL for tensors on CUDA, gloo for those on the CPU.
+Gradients are averaged over ranks by DDP. BatchNorm takes its statistics from each rank's own share, and rank 0's
+running statistics are kept. Decisions travel on the CPU, so that no accelerator waits for one.
 """
 
 from __future__ import annotations
@@ -40,14 +41,23 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank says so; all ranks must ask."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+        return bool(self.sum(torch.tensor(float(flag))))
 
     def first_says(self, value: float) -> float:
         """Return rank 0's number on every rank, for decisions that follow a clock."""
-        shared = torch.tensor(value, dtype=torch.float64, device=self.device)
-        if self.size > 1:
-            dist.broadcast(shared, 0)
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(shared, 0)
         return shared.item()
+
+    def union(self, found: dict[str, str]) -> dict[str, str]:
+        """Return what all ranks found; all ranks must ask."""
+        if self.size == 1:
+            return dict(found)
+        parts: list[dict[str, str]] = [{} for _ in range(self.size)]
+        dist.all_gather_object(parts, found)
+        return {key: value for part in parts for key, value in part.items()}
 
     def wait(self) -> None:
         """Return when every rank has come here."""
@@ -85,7 +95,8 @@ def find_device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"There is no device '{name}'. Use cpu, cuda, cuda:0 or mps.") from None
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present.get(device.type, False):
+    beyond = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if not present.get(device.type, False) or beyond:
         raise ConfigError(
             f"Device '{name}' is not at hand here. There is: {', '.join(k for k, v in present.items() if v)}."
         )
@@ -103,7 +114,7 @@ def join(device: str) -> Generator[Ranks]:
     if found.type == "cuda":
         found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(found)
-    dist.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), found)
     finally:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from coatnet.classifier import Classifier, Prediction, load
 from coatnet.data.sources import ImageSet, list_images, open_data
-from coatnet.errors import BadImageError, DataError
+from coatnet.errors import BadImageError, ConfigError, DataError
 from coatnet.evaluation.metrics import Interval, Summary, evaluate, summarise
 from coatnet.evaluation.tables import interval_text
 from coatnet.files import read_json
@@ -30,8 +30,10 @@ def evaluate_run(
     """Measure a run's model on a part of the data; return the figures, the part's name and the bad files.
 
     Without `part` it is test where there is one, else val, else all pictures. The pictures that the run itself set
-    aside of this data are its val. Raises: DataError, ModelFileError.
+    aside of this data are its val. Raises: ConfigError, DataError, ModelFileError.
     """
+    if batch_size < 1 or num_workers < 0:
+        raise ConfigError(f"The batch size is {batch_size}, workers are {num_workers}. Give 1 or more, and 0 or more.")
     classifier = load(run, device=find_device(device))
     name, image_set = _choose_part(run, data, part)
     outcome = evaluate(classifier, image_set, batch_size=batch_size, num_workers=num_workers)
@@ -61,7 +63,7 @@ def _same(one: str, other: str) -> bool:
 
 def show(summary: Summary, part: str, bad_images: dict[str, str]) -> None:
     """Print the figures as text: the headline, then a row a class."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)  # names are shown as they are
     console.print(f"{summary.n} pictures ({part})")
     figures: tuple[tuple[str, float | None, Interval | None, str, int], ...] = (
         ("top-1", summary.top1_percent, summary.top1_interval, " %", 2),
@@ -126,7 +128,7 @@ def _print_table(answers: Answers) -> None:
     for path, answer in answers:
         for place, best in enumerate(answer):
             table.add_row("" if place else str(path), best.label, f"{100 * best.probability:.1f}")
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def _print_csv(answers: Answers) -> None:

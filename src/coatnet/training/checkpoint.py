@@ -7,7 +7,7 @@ a manifest with every file's SHA-256. A damaged checkpoint is passed over for th
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,19 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     best_top1_percent: float | None = None
     best_epoch: float = 0.0
+    warmup_share: float = 0.0  # of the run, taken by the warm-up so far
+    bad_images: dict[str, str] = field(default_factory=dict[str, str])  # name -> what was met
 
     def numbers(self) -> dict[str, Any]:
         """Return what `state.json` holds."""
-        names = ("step", "elapsed_s", "loss_sum", "num_losses", "history", "best_top1_percent", "best_epoch")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _NUMBERS}
+
+
+_NUMBERS = tuple(item.name for item in fields(State) if item.name not in ("network", "optimizer", "ema"))
 
 
 def save(run: Path, state: State) -> Path:
-    """Write a checkpoint of this moment and remove all but the newest few."""
+    """Write a checkpoint of this moment; remove all but the newest few, and those of a future that was given up."""
     folder = run / "checkpoints" / f"step-{state.step:08d}"
     with new_folder(folder) as aside:
         save_file(_whole(state.network.state_dict()), aside / "network.safetensors")
@@ -52,36 +56,39 @@ def save(run: Path, state: State) -> Path:
         if state.ema is not None:
             save_file(_whole(state.ema.network.state_dict()), aside / "ema.safetensors")
         write_json(aside / "state.json", state.numbers())
-    for old in _newest_first(run)[NUM_KEPT:]:
+    others = _newest_first(run)
+    here = others.index(folder)
+    for old in [*others[:here], *others[here + NUM_KEPT :], *folder.parent.glob(".step-*")]:  # .step-*: half written
         shutil.rmtree(old)
     return folder
 
 
-def load_newest(run: Path, state: State) -> tuple[Path | None, list[str]]:
-    """Fill `state` from the newest good checkpoint; return its folder, if any, and what was wrong with newer ones."""
+def find_newest(run: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest good checkpoint, if there is one, and what is wrong with newer ones."""
     damage: list[str] = []
     for folder in _newest_first(run):
         try:
             verify_folder(folder)
         except ModelFileError as error:
             damage.append(str(error))
-            continue
-        _load(folder, state)
-        return folder, damage
+        else:
+            return folder, damage
     return None, damage
 
 
-def _newest_first(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
-
-
-def _load(folder: Path, state: State) -> None:
+def load(folder: Path, state: State) -> None:
+    """Fill `state` from a good checkpoint."""
     state.network.load_state_dict(load_file(folder / "network.safetensors"))
     if state.ema is not None:
         state.ema.network.load_state_dict(load_file(folder / "ema.safetensors"))
     _load_optimizer(load_file(folder / "optimizer.safetensors"), state)
-    for name, value in read_json(folder / "state.json").items():
-        setattr(state, name, value)
+    numbers = read_json(folder / "state.json")
+    for name in _NUMBERS:
+        setattr(state, name, numbers[name])
+
+
+def _newest_first(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
 
 
 def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -102,6 +109,7 @@ def _load_optimizer(tensors: dict[str, Tensor], state: State) -> None:
     for key, tensor in tensors.items():
         name, kind = key.rsplit("/", 1)
         parameter = parameters[name]
-        if kind != "step":
-            tensor = torch.empty_like(parameter).copy_(tensor)  # same place and memory layout as the parameter
-        state.optimizer.state[parameter][kind] = tensor
+        # Same place as the parameter and, what has its shape, the same memory layout.
+        like = parameter if tensor.shape == parameter.shape else tensor
+        place = torch.empty_like(like, dtype=tensor.dtype, device=parameter.device)
+        state.optimizer.state[parameter][kind] = place.copy_(tensor)

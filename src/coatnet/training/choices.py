@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from coatnet import recipes, zoo
-from coatnet.config import Size, TrainConfig
+from coatnet.classifier import load
+from coatnet.config import ModelConfig, Size, TrainConfig
 from coatnet.data.sources import measure, open_data
 from coatnet.errors import ConfigError
 from coatnet.ranks import find_device
@@ -24,47 +27,63 @@ NUM_IMAGES_FOR_LARGE_BATCH = 20_000
 def choose_config(data: str, out: str, given: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
     """Return the whole config of a run and a line for each choice that was made.
 
-    `given` holds what the user set: model, recipe, image_size, and any field of TrainConfig, AugmentConfig,
-    OptimizerConfig or ModelConfig that one run may vary (see `_FIELDS`).
+    `given` holds what the user set: model, recipe, image_size (height, width), and any field of TrainConfig,
+    AugmentConfig, OptimizerConfig or ModelConfig; None turns off what a recipe has on.
+    Raises: ConfigError, DataError, ModelFileError.
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    reasons: list[str] = []
+    given, reasons = dict(given), list[str]()
     holdout = given.get("holdout_percent", 10.0)
     pictures = open_data(data, seed=given.get("seed", 0), holdout_percent=holdout)
     num_images, median = len(pictures.train), measure(pictures.train)
-    device = find_device(given.pop("device", "auto")).type
-    reasons.append(f"device {device}: the best at hand" if device != "cpu" else "device cpu: no accelerator at hand")
+    device = _choose_device(given.pop("device", "auto"), reasons)
 
-    image_size = given.pop("image_size", None) or _choose_size(median, device, reasons)
-    row = zoo.find(given.pop("model", None) or _choose_model(image_size, device, reasons))
-    recipe = recipes.find(given.pop("recipe", None) or _choose_recipe(image_size, "init" in given, reasons))
-    model = replace(row.config, num_classes=len(pictures.class_names), image_size=image_size)
+    image_size = given.pop("image_size", None) or _choose_size(median, device.type, reasons)
+    model = _choose_model(given.pop("model", None), given.get("init"), image_size, device.type, reasons)
+    recipe = recipes.find(given.pop("recipe", None) or _choose_recipe(image_size, bool(given.get("init")), reasons))
+    recipe = replace(recipe, global_batch_size=given.get("global_batch_size", recipe.global_batch_size))
+    model = replace(model, num_classes=len(pictures.class_names), image_size=image_size)
     settings = recipe.settings(model, image_size, num_images)
     if recipe.ours:
         settings |= _choose_length(num_images, settings, given, reasons)
-    settings |= _choose_speed(device, reasons)
+    settings |= {"device": str(device), **_choose_speed(device, given, reasons)}
     return _with_given(TrainConfig(data=data, out=out, **settings), given), reasons
 
 
+def _choose_device(name: str, reasons: list[str]) -> torch.device:
+    device = find_device(name)
+    if name == "auto":
+        reasons.append(
+            f"device {device}: " + ("no accelerator at hand" if device.type == "cpu" else "the best at hand")
+        )
+    return device
+
+
 def _choose_size(median: Size, device: str, reasons: list[str]) -> Size:
-    side = min(median)
-    if side <= TINY_PX:
-        px = max(4, -(-side // 4) * 4)
+    if max(median) <= TINY_PX:
+        height, width = (max(4, -(-side // 4) * 4) for side in median)
+        px = str(height) if height == width else f"{height} x {width}"
         reasons.append(f"image size {px} px: the pictures are {median[0]} x {median[1]}, small enough to keep whole")
-        return (px, px)
+        return (height, width)
+    side = min(median)
     sizes = SIZES_PX["cpu" if device == "cpu" else "accelerator"]
     px = min(sizes, key=lambda size: abs(size - side)) if side < sizes[-1] else sizes[-1]
     reasons.append(f"image size {px} px: the pictures are {median[0]} x {median[1]} (median), what a {device} affords")
     return (px, px)
 
 
-def _choose_model(image_size: Size, device: str, reasons: list[str]) -> str:
+def _choose_model(name: str | None, init: str | None, image_size: Size, device: str, reasons: list[str]) -> ModelConfig:
+    if name is not None:
+        return zoo.find(name).config
+    if init is not None and Path(init).is_dir():
+        config = load(init).network.config
+        reasons.append(f"model {config.name}: that of {init}")
+        return config
     if device != "cpu" and min(image_size) >= 160:
         name = "coatnet_0"
     else:
         name = "coatnet_nano" if device == "cpu" else "coatnet_tiny"
     reasons.append(f"model {name}: for {image_size[0]} px on a {device}")
-    return name
+    return zoo.find(name).config
 
 
 def _choose_recipe(image_size: Size, starts_trained: bool, reasons: list[str]) -> str:
@@ -81,19 +100,24 @@ def _choose_recipe(image_size: Size, starts_trained: bool, reasons: list[str]) -
 def _choose_length(
     num_images: int, settings: dict[str, Any], given: dict[str, Any], reasons: list[str]
 ) -> dict[str, Any]:
-    """Choose batch and epochs of our own recipes by the amount of data."""
+    """Choose batch and epochs of our own recipes by the amount of data, and fit the warm-up into them."""
     batch = settings["global_batch_size"]
-    while batch > 16 and batch * 20 > num_images:
+    while "global_batch_size" not in given and batch > 16 and batch * 20 > num_images:
         batch //= 2
-    fine_tunes = "init" in given
     least, most = EPOCHS
-    epochs = settings["num_epochs"] if fine_tunes else float(min(most, max(least, round(SAMPLES_WANTED / num_images))))
+    epochs = float(min(most, max(least, round(SAMPLES_WANTED / num_images))))
+    if given.get("init"):
+        epochs = settings["num_epochs"]
+    epochs = given.get("num_epochs", epochs)
     steps = round(epochs * num_images / batch)
     optimizer = settings["optimizer"]
     if optimizer.warmup_steps > steps // 10:
         optimizer = replace(optimizer, warmup_steps=steps // 10)
-    if "num_epochs" not in given and "max_time_s" not in given:
-        reasons.append(f"{epochs:g} epochs, batch {batch}: {num_images} training pictures, {steps} updates")
+    if "num_epochs" not in given:
+        at_most = "at most " if "max_time_s" in given else ""
+        reasons.append(f"{at_most}{epochs:g} epochs: {num_images} training pictures, {steps} updates")
+    if "global_batch_size" not in given:
+        reasons.append(f"batch {batch}: recipe {settings['recipe']} with {num_images} training pictures")
     interval = max(1.0, epochs // 25)  # some 25 points make a curve
     return {
         "num_epochs": epochs,
@@ -103,31 +127,42 @@ def _choose_length(
     }
 
 
-def _choose_speed(device: str, reasons: list[str]) -> dict[str, Any]:
+def _choose_speed(device: torch.device, given: dict[str, Any], reasons: list[str]) -> dict[str, Any]:
     """Choose precision and workers by what the machine does fast."""
-    if device == "cuda":
+    if device.type == "cuda":
         fast, why = torch.cuda.is_bf16_supported(), "this GPU computes in it"
-    elif device == "cpu":
+    elif device.type == "cpu":
         fast, why = torch.cpu._is_avx512_bf16_supported(), "this CPU has instructions for it"  # pyright: ignore
     else:
         fast, why = False, ""
-    if fast:
+    if fast and "precision" not in given:
         reasons.append(f"precision bf16: {why}")
-    workers = 0 if device == "cpu" else min(8, os.cpu_count() or 1)
-    return {"device": device, "precision": "bf16" if fast else "fp32", "num_workers": workers}
+    workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    if workers and "num_workers" not in given:
+        reasons.append(f"{workers} workers: pictures are read while the {device.type} computes")
+    return {"precision": "bf16" if fast else "fp32", "num_workers": workers}
 
 
-_FIELDS = ("augment", "optimizer", "model")  # parts of TrainConfig whose fields the user may give by name
+_PARTS = ("augment", "optimizer", "model")  # of TrainConfig, whose fields the user may give by name
 
 
 def _with_given(config: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     """Set each given field where it lives: in TrainConfig or in one of its parts."""
+    places: dict[str, dict[str, Any]] = {part: {} for part in ("", *_PARTS)}
     for name, value in given.items():
-        if hasattr(config, name) and name not in _FIELDS:
-            config = replace(config, **{name: value})
-            continue
-        part = next((part for part in _FIELDS if hasattr(getattr(config, part), name)), None)
-        if part is None:
-            raise ConfigError(f"There is no setting '{name}'.")
-        config = replace(config, **{part: replace(getattr(config, part), **{name: value})})
-    return config
+        places[_place_of(name, config)][name] = value
+    if "peak_lr" in given and "min_lr" not in given:  # a peak below the recipe's end is a lower end too
+        places["optimizer"]["min_lr"] = min(config.optimizer.min_lr, given["peak_lr"])
+    parts = {part: replace(getattr(config, part), **places[part]) for part in _PARTS}
+    return replace(config, **parts, **places[""])
+
+
+def _place_of(name: str, config: TrainConfig) -> str:
+    """Return the part that has a field of this name, "" for the config itself. Raises: ConfigError."""
+    own = [field.name for field in fields(config) if field.name not in _PARTS]
+    names = {"": own} | {part: [field.name for field in fields(getattr(config, part))] for part in _PARTS}
+    for part, known in names.items():
+        if name in known:
+            return part
+    near = get_close_matches(name, [known for part in names.values() for known in part], n=1)
+    raise ConfigError(f"There is no setting '{name}'." + (f" Did you mean '{near[0]}'?" if near else ""))

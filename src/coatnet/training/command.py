@@ -24,21 +24,19 @@ RUNS = Path("runs")
 def train_from_flags(
     data: str | None, out: Path | None, *, resume: bool, overwrite: bool, given: dict[str, Any], quiet: bool
 ) -> Result:
-    """Train as the command line says. Raises: ConfigError where the flags are at odds."""
-    console = Console(stderr=quiet, quiet=not is_first_rank(), soft_wrap=True)
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other. Give one.")
+    """Train as the command line says; `given` holds settings by the config's names. Raises: as `train`."""
+    console = Console(
+        stderr=quiet, quiet=not is_first_rank(), soft_wrap=True, highlight=False, markup=False, emoji=False
+    )
     if resume:
-        config = _resumed(data, out, given)
-        console.print(f"resuming {config.out}", highlight=False)
+        config = _resumed(data, out)
+        console.print(f"resuming {config.out}")
     else:
         if data is None:
             raise ConfigError("Which pictures? Give a folder: coatnet train PICTURES")
-        if given.get("holdout_percent") == 0:
-            given = {**given, "holdout_percent": 0.0}
         config, reasons = choose_config(data, str(out or RUNS / Path(data).resolve().name), given)
         for reason in reasons:
-            console.print(f"  {reason}", highlight=False)
+            console.print(f"  {reason}")
     with Shown(console) as shown:
         start = "resume" if resume else "overwrite" if overwrite else "new"
         result = train(config, start=start, progress=shown)
@@ -46,12 +44,10 @@ def train_from_flags(
     return result
 
 
-def _resumed(data: str | None, out: Path | None, given: dict[str, Any]) -> TrainConfig:
-    if given:
-        raise ConfigError(f"A run is resumed with its own settings; drop {', '.join(given)}, or start a new one.")
+def _resumed(data: str | None, out: Path | None) -> TrainConfig:
     run = out or (RUNS / Path(data).resolve().name if data else run_folder.newest_run(RUNS))
     config = run_folder.read_config(run)
-    if data is not None and data != config.data:
+    if data is not None and Path(data).resolve() != Path(config.data).resolve():
         raise ConfigError(f"{run} was trained on {config.data}, not on {data}. Give that, or another --out.")
     return replace(config, out=str(run))
 
@@ -59,14 +55,12 @@ def _resumed(data: str | None, out: Path | None, given: dict[str, Any]) -> Train
 def _close(console: Console, result: Result) -> None:
     """Say what came out and what to do next."""
     if result.was_interrupted:
-        console.print(f"Stopped. Go on with: coatnet train --resume --out {result.run}", highlight=False)
+        console.print(f"Stopped. Go on with: coatnet train --resume --out {result.run}")
     if result.num_bad_images:
-        console.print(f"{result.num_bad_images} files could not be read; the report lists them.", highlight=False)
+        console.print(f"{result.num_bad_images} files could not be read; the report lists them.")
     if result.summary is not None:
         top1 = f"{result.summary.top1_percent:.2f} % ({interval_text(result.summary.top1_interval)})"
-        console.print(
-            f"top-1 {top1} on {result.summary.n} {result.part} pictures, trained in {in_words(result.seconds)}",
-            highlight=False,
-        )
-        console.print(f"report: {result.run / 'report.html'}", highlight=False)
-    console.print(f"use it: coatnet predict {result.run} IMAGES", highlight=False)
+        console.print(f"top-1 {top1} on {result.summary.n} {result.part} pictures")
+        console.print(f"report: {result.run / 'report.html'}")
+    console.print(f"trained in {in_words(result.seconds)}")
+    console.print(f"use it: coatnet predict {result.run} IMAGES")

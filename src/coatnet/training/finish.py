@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coatnet.classifier import Classifier, load
-from coatnet.evaluation.metrics import Summary, evaluate, summarise
+from coatnet.data.image_sets import ImageSet
+from coatnet.evaluation.metrics import Outcome, Summary, evaluate, summarise
 from coatnet.evaluation.report import write_report
 from coatnet.files import write_json
 from coatnet.layout import count
@@ -20,29 +21,51 @@ class Result:
 
     run: Path
     classifier: Classifier
-    part: str | None  # what `summary` was measured on: "test", "val", or None where nothing was set apart
-    summary: Summary | None  # on rank 0 alone
+    part: str | None  # what `summary` was measured on: "test", "val"; None where nothing was set apart
+    summary: Summary | None  # on rank 0 alone, where something was set apart
     seconds: float  # of training
     num_bad_images: int
     was_interrupted: bool
 
 
 def finish(run: Run, was_interrupted: bool) -> Result:
-    """Evaluate the model that was kept, on test where there is one, else on val; write report and record."""
-    folder, config = Path(run.config.out), run.config
-    seconds = run.elapsed_s()
+    """Evaluate the model that was kept, on test where there is one, else on val; write report and record.
+
+    Where nothing was set apart there is a record without accuracy, and no report.
+    """
+    folder = Path(run.config.out)
     classifier = load(folder / "model", device=run.ranks.device)
+    bad_images = run.ranks.union(run.loader.bad_images)
     part = "test" if run.data.test is not None else "val"
     image_set = run.data.test if run.data.test is not None else run.data.val
-    bad_images = dict(run.loader.bad_images)
-    if image_set is None or not run.ranks.is_first:
-        return Result(folder, classifier, None, None, seconds, len(bad_images), was_interrupted)
-    run.tell(f"looking at {len(image_set)} {part} pictures")
-    outcome = evaluate(classifier, image_set, num_workers=config.num_workers)
-    summary = summarise(outcome)
-    bad_images |= outcome.bad_images
+    summary: Summary | None = None
+    if run.ranks.is_first and image_set is not None:
+        run.tell(f"looking at {len(image_set)} {part} pictures")
+        outcome = evaluate(
+            classifier, image_set, batch_size=run.evaluation_batch_size, num_workers=run.config.num_workers
+        )
+        summary = summarise(outcome)
+        bad_images |= outcome.bad_images
+        _write_evaluation(run, part, image_set, outcome, summary, bad_images)
+    if run.ranks.is_first:
+        _write_record(run, None if summary is None else part, summary)
+    return Result(
+        run=folder,
+        classifier=classifier,
+        part=None if image_set is None else part,
+        summary=summary,
+        seconds=run.state.elapsed_s,
+        num_bad_images=len(bad_images),
+        was_interrupted=was_interrupted,
+    )
+
+
+def _write_evaluation(
+    run: Run, part: str, image_set: ImageSet, outcome: Outcome, summary: Summary, bad_images: dict[str, str]
+) -> None:
+    """Write the figures as JSON and as the report."""
+    folder, config = Path(run.config.out), run.config
     write_json(folder / "evaluation.json", {"part": part, "bad_images": bad_images, **summary.to_dict()})
-    counts = count(config.model)
     write_report(
         folder / "report.html",
         title=f"{config.model.name} on {Path(config.data).name}",
@@ -54,32 +77,35 @@ def finish(run: Run, was_interrupted: bool) -> Result:
         bad_images=bad_images,
         facts={
             "measured on": f"{part} ({summary.n} pictures)",
-            "parameters": f"{counts.num_params / 1e6:.2f} M",
-            "training time": in_words(seconds),
+            "parameters": f"{count(config.model).num_params / 1e6:.2f} M",
+            "training time": in_words(run.state.elapsed_s),
             "epochs": f"{run.epoch:.3g}",
         },
         model_folder=config.out,
     )
+
+
+def _write_record(run: Run, part: str | None, summary: Summary | None) -> None:
+    config, state, counts = run.config, run.state, count(run.config.model)
     write_record(
-        folder / "record.json",
+        Path(config.out) / "record.json",
         kind="train",
         figures={
             "part": part,
-            "top1_percent": summary.top1_percent,
-            "top1_interval": list(summary.top1_interval),
-            "loss": summary.loss,
+            "top1_percent": summary.top1_percent if summary else None,
+            "top1_interval": list(summary.top1_interval) if summary else None,
+            "loss": summary.loss if summary else None,
             "epochs": run.epoch,
-            "steps": run.state.step,
-            "images_per_s": run.state.step * config.global_batch_size / max(1e-9, seconds),
+            "steps": state.step,
+            "images_per_s": state.step * config.global_batch_size / max(1e-9, state.elapsed_s),
             "num_params": counts.num_params,
             "gmacs": counts.gmacs,
         },
         seeds=[config.seed],
-        n=summary.n,
-        seconds=seconds,
+        n=summary.n if summary else 0,
+        seconds=state.elapsed_s,
         config=config.to_dict(),
     )
-    return Result(folder, classifier, part, summary, seconds, len(bad_images), was_interrupted)
 
 
 def in_words(seconds: float) -> str:

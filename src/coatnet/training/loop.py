@@ -1,10 +1,10 @@
-"""One training run, from a config to a run folder: the same lines for one process and many, new, resumed, fine-tuned."""
+"""One training run, from a config to a run folder: the same lines for one rank and many, new, resumed, fine-tuned."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
-import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,21 +17,21 @@ from coatnet.config import TrainConfig
 from coatnet.data import draws
 from coatnet.data.loader import Batch, TrainLoader
 from coatnet.data.mixing import mix
-from coatnet.data.sources import DataSet, open_data
+from coatnet.data.sources import DataSet, ImageSet, open_data
 from coatnet.data.transforms import Augmentation, Preprocessing
 from coatnet.errors import ConfigError, TrainingError
 from coatnet.evaluation.metrics import evaluate, summarise
-from coatnet.files import write_json
 from coatnet.ranks import Ranks, join
 from coatnet.training import checkpoint, run_folder
 from coatnet.training.ema import Ema
 from coatnet.training.finish import Result, finish
 from coatnet.training.losses import loss_of, soft_targets
 from coatnet.training.optimizer import learning_rate, make_optimizer, set_rate
-from coatnet.training.run import Progress, Run, as_classifier, teller
+from coatnet.training.run import Progress, Run, Update
 from coatnet.training.start import build, freeze, initialise, to_train_mode
 
-NUM_STEPS_UNCHECKED = 20  # on an accelerator a look at the loss stops the queue, so it is looked at so often
+NUM_UNREAD = 20  # on an accelerator a look at the loss stops the queue, so only every so many are looked at
+WARMUP_SHARE = 0.25  # of a run that ends by the clock, at most
 
 
 def train(config: TrainConfig, *, start: run_folder.Start = "new", progress: Progress | None = None) -> Result:
@@ -42,31 +42,35 @@ def train(config: TrainConfig, *, start: run_folder.Start = "new", progress: Pro
     """
     with join(config.device) as ranks:
         if ranks.is_first:
-            run_folder.prepare(config, start)
+            run_folder.check(config, start)
+        run = _set_up(config, ranks, start == "resume", progress)
+        if ranks.is_first and start != "resume":
+            run_folder.begin(config, run.data.split)
         ranks.wait()
-        run = _set_up(config, ranks, progress)
         was_interrupted = _train_to_end(run)
         return finish(run, was_interrupted)
 
 
-def _set_up(config: TrainConfig, ranks: Ranks, progress: Progress | None) -> Run:
+def _set_up(config: TrainConfig, ranks: Ranks, resumes: bool, progress: Progress | None) -> Run:
+    """Build all that the run works on; it writes nothing."""
     folder = Path(config.out)
-    data = open_data(
-        config.data, seed=config.seed, holdout_percent=config.holdout_percent, split=run_folder.read_split(folder)
-    )
+    split = run_folder.read_split(folder) if resumes else None
+    data = open_data(config.data, seed=config.seed, holdout_percent=config.holdout_percent, split=split)
     _check_fits(config, data, ranks)
-    if ranks.is_first and data.split is not None:
-        write_json(folder / "split.json", {part: list(names) for part, names in data.split.items()})
+    found, notes = checkpoint.find_newest(folder) if resumes else (None, [])
     network = build(config.model, config.seed)
-    notes = initialise(network, Path(config.init)) if config.init else []
+    if config.init and found is None:
+        notes += initialise(network, Path(config.init))
     network.to(device=ranks.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     network.activation_checkpointing = config.activation_checkpointing
     if config.freeze:
         freeze(network, config.freeze)
     ema = Ema(network, config.ema_decay) if config.ema_decay is not None else None
     state = checkpoint.State(network, make_optimizer(network, config.optimizer), ema)
-    found, damage = checkpoint.load_newest(folder, state)
-    notes += damage + ([f"resumed from {found.name}"] if found else [])
+    if found is not None:
+        checkpoint.load(found, state)
+    if resumes:
+        notes.append(f"resumed from {found.name}" if found else "no checkpoint to resume from: begun anew")
     loader = TrainLoader(
         data.train,
         Augmentation(config.augment, config.preprocessing),
@@ -77,6 +81,7 @@ def _set_up(config: TrainConfig, ranks: Ranks, progress: Progress | None) -> Run
         num_workers=config.num_workers,
         on_bad_image=config.on_bad_image,
     )
+    loader.bad_images |= state.bad_images
     run = Run(
         config=config,
         ranks=ranks,
@@ -85,11 +90,8 @@ def _set_up(config: TrainConfig, ranks: Ranks, progress: Progress | None) -> Run
         model=ranks.wrap(torch.compile(network) if config.compile else network),  # pyright: ignore[reportArgumentType]
         loader=loader,
         preprocessing=Preprocessing(config.preprocessing),
-        tell=print,
-        started_s=time.perf_counter() - state.elapsed_s,
-        bad_images={},
+        listener=progress if ranks.is_first else None,
     )
-    run.tell = teller(run, progress if ranks.is_first else None)
     for note in notes:
         run.tell(note)
     return run
@@ -113,30 +115,35 @@ def _check_fits(config: TrainConfig, data: DataSet, ranks: Ranks) -> None:
         raise ConfigError(
             f"Mixing takes pictures in pairs, but a rank's share is {share} and a microbatch {held}. Make both even."
         )
+    if config.patience_epochs is not None and data.val is None:
+        raise ConfigError(
+            f"Patience waits for validation to improve, but no picture of {config.data} is set apart for it. "
+            "Give holdout_percent, or no patience_epochs."
+        )
 
 
 def _train_to_end(run: Run) -> bool:
     """Update until the run is done; return whether Ctrl-C ended it before."""
-    saved_s = run.elapsed_s()
+    saved_s = run.state.elapsed_s
     next_evaluation = _next_evaluation(run)
     with _asked_to_stop() as asked:
         for batch in _batches(run):
             _step(run, batch)
-            run.tell(None)
+            run.look_at_clock()
+            run.tell()
             done = run.progress() >= 1.0
             if run.epoch >= next_evaluation or done:
                 _evaluate(run)
                 next_evaluation = _next_evaluation(run)
                 done = done or _is_stale(run)
             stop = run.ranks.any(bool(asked))
-            if done or stop or run.ranks.first_says(run.elapsed_s()) - saved_s > run.config.checkpoint_interval_s:
-                _save(run)
-                saved_s = run.elapsed_s()
-            if stop and not done:
+            if stop and not done and not _keeps_best(run):
                 _save_model(run)
-                return True
-            if done:
-                break
+            if done or stop or run.state.elapsed_s - saved_s > run.config.checkpoint_interval_s:
+                _save(run)
+                saved_s = run.state.elapsed_s
+            if done or stop:
+                return not done
     return False
 
 
@@ -160,7 +167,8 @@ def _asked_to_stop() -> Generator[list[int]]:
 
 
 def _batches(run: Run) -> Iterator[Batch]:
-    if run.progress() < 1.0:
+    """Yield what is left; of a run that has not begun a batch at least, however short its time."""
+    if run.state.step == 0 or (run.progress() < 1.0 and not _is_stale(run)):
         yield from run.loader.batches(run.state.step, run.num_steps)
 
 
@@ -173,11 +181,10 @@ def _next_evaluation(run: Run) -> float:
 def _step(run: Run, batch: Batch) -> None:
     """Update the weights once from this rank's share of one global batch."""
     config, state = run.config, run.state
-    warmup_share = config.optimizer.warmup_steps / run.num_steps
-    run.rate = learning_rate(config.optimizer, state.step, warmup_share, run.progress())
+    run.rate = _next_rate(run)
     set_rate(state.optimizer, run.rate)
     to_train_mode(run.network, config.freeze)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=run.ranks.device)
+    loss_sum = torch.zeros((), device=run.ranks.device)
     micro_batches = list(batch.split(config.microbatch_size or len(batch)))
     for micro in micro_batches:
         with run.ranks.hold_gradients(run.model, hold=micro is not micro_batches[-1]):
@@ -185,12 +192,24 @@ def _step(run: Run, batch: Batch) -> None:
             loss.backward()
         loss_sum += loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(run.network.parameters(), config.optimizer.max_grad_norm or float("inf"))
-    _note_loss(run, run.ranks.sum(loss_sum) / run.ranks.size, grad_norm)
+    run.unread.append(Update(state.step, run.rate, run.ranks.sum(loss_sum) / run.ranks.size, grad_norm))
+    if run.ranks.device.type == "cpu" or len(run.unread) >= NUM_UNREAD:
+        _read_losses(run)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     if state.ema is not None:
         state.ema.update(run.network, state.step)
+
+
+def _next_rate(run: Run) -> float:
+    """Return the rate of the next update. Where the clock ends the run, the warm-up hurries to end in time."""
+    config, state, progress = run.config.optimizer, run.state, run.progress()
+    hurry = 0.0 if run.config.max_time_s is None else progress / WARMUP_SHARE
+    if state.step <= config.warmup_steps and hurry <= 1:
+        state.warmup_share = progress
+    warmth = min(1.0, max((state.step + 1) / max(1, config.warmup_steps), hurry))
+    return learning_rate(config, warmth, (progress - state.warmup_share) / max(1e-9, 1 - state.warmup_share))
 
 
 def _loss(run: Run, micro: Batch) -> Tensor:
@@ -221,64 +240,78 @@ def _depth_draws(run: Run, micro: Batch) -> Tensor | None:
     return torch.from_numpy(numbers).float().to(run.ranks.device)
 
 
-def _note_loss(run: Run, loss: Tensor, grad_norm: Tensor) -> None:
-    """Add the loss to the running mean, and stop a run whose loss or gradient is no number."""
-    state, device = run.state, run.ranks.device
-    if device.type != "cpu" and (state.step + 1) % NUM_STEPS_UNCHECKED:
-        return
-    value, norm = loss.item(), grad_norm.item()
-    if value != value or abs(value) == float("inf") or norm != norm or norm == float("inf"):
-        raise TrainingError(
-            f"Step {state.step}: the loss is {value:.4g} at rate {run.rate:.3g}, gradient norm {norm:.4g}. "
-            "Lower --peak-lr or train in fp32; the last checkpoint is whole."
-        )
-    state.loss_sum += value
-    state.num_losses += 1
+def _read_losses(run: Run) -> None:
+    """Add the newest losses to the running mean, and stop a run whose loss or gradient is no number."""
+    for update in run.unread:
+        loss, norm = update.loss.item(), update.grad_norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(
+                f"Step {update.step}: the loss is {loss:.4g} at rate {update.rate:.3g}, gradient norm {norm:.4g}. "
+                "Lower the peak rate (--peak-lr) or train in fp32; the last checkpoint is from before."
+            )
+        run.state.loss_sum += loss
+        run.state.num_losses += 1
+    run.unread.clear()
 
 
 def _evaluate(run: Run) -> None:
     """Add a row to the history, and leave the model as it is now where it is the best or the last."""
+    _read_losses(run)
     state = run.state
     row: dict[str, Any] = {
         "step": state.step,
         "epoch": round(run.epoch, 6),
         "lr": run.rate,
-        "train_loss": state.loss_sum / max(1, state.num_losses),
+        "train_loss": state.loss_sum / state.num_losses,
     }
     state.loss_sum, state.num_losses = 0.0, 0
-    if run.ranks.is_first:
-        if run.data.val is not None:
-            summary = summarise(evaluate(as_classifier(run), run.data.val, num_workers=run.config.num_workers))
-            row |= {"val_loss": summary.loss, "val_top1_percent": summary.top1_percent}
-        if _improves(state, row) or run.config.patience_epochs is None:
-            _save_model(run)
-    top1 = run.ranks.first_says(row.get("val_top1_percent", 0.0))
-    if _improves(state, {"val_top1_percent": top1}):
-        state.best_top1_percent, state.best_epoch = top1, row["epoch"]
+    if run.data.val is not None:
+        row |= _validate(run, run.data.val)
+    if not _keeps_best(run) or row["epoch"] == state.best_epoch:
+        _save_model(run)
     state.history.append(row)
+    run.look_at_clock()
     if run.ranks.is_first:
         run_folder.write_history(Path(run.config.out), state.history)
         run.tell(_in_words(row))
 
 
+def _validate(run: Run, val: ImageSet) -> dict[str, float]:
+    """Return what rank 0 finds on the pictures set apart, and note whether it is the best so far."""
+    state, figures = run.state, (0.0, 0.0)
+    if run.ranks.is_first:
+        outcome = evaluate(
+            run.classifier(), val, batch_size=run.evaluation_batch_size, num_workers=run.config.num_workers
+        )
+        summary = summarise(outcome)
+        figures = (summary.loss, summary.top1_percent)
+    loss, top1 = (run.ranks.first_says(figure) for figure in figures)
+    if state.best_top1_percent is None or top1 > state.best_top1_percent:
+        state.best_top1_percent, state.best_epoch = top1, round(run.epoch, 6)
+    return {"val_loss": loss, "val_top1_percent": top1}
+
+
+def _keeps_best(run: Run) -> bool:
+    """Return whether model/ holds the best network of the run rather than the newest."""
+    return run.config.patience_epochs is not None and run.state.best_top1_percent is not None
+
+
 def _save_model(run: Run) -> None:
+    _read_losses(run)
     if run.ranks.is_first:
         extra = {"step": run.state.step, "recipe": run.config.recipe}
-        as_classifier(run).save(Path(run.config.out) / "model", extra=extra)
-
-
-def _improves(state: checkpoint.State, row: dict[str, Any]) -> bool:
-    return row.get("val_top1_percent", 0.0) > (-1.0 if state.best_top1_percent is None else state.best_top1_percent)
+        run.classifier().save(Path(run.config.out) / "model", extra=extra)
 
 
 def _is_stale(run: Run) -> bool:
     """Return whether validation has not improved for as long as the config's patience."""
-    patience = run.config.patience_epochs
-    return patience is not None and run.data.val is not None and run.epoch - run.state.best_epoch >= patience
+    patience, history = run.config.patience_epochs, run.state.history
+    return patience is not None and bool(history) and history[-1]["epoch"] - run.state.best_epoch >= patience
 
 
 def _save(run: Run) -> None:
-    run.state.elapsed_s = run.elapsed_s()
+    _read_losses(run)
+    run.state.bad_images = run.ranks.union(run.loader.bad_images)
     if run.ranks.is_first:
         checkpoint.save(Path(run.config.out), run.state)
     run.ranks.wait()

@@ -21,16 +21,15 @@ def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=config.peak_lr, betas=(config.beta1, config.beta2), fused=True)
 
 
-def learning_rate(config: OptimizerConfig, step: int, warmup_share: float, progress: float) -> float:
-    """Return the rate of update `step` (from 0), `progress` (0 .. 1) of the run being done.
+def learning_rate(config: OptimizerConfig, warmth: float, passed: float) -> float:
+    """Return the rate when `warmth` of the warm-up is done and then `passed` of what comes after it, each 0 .. 1.
 
-    Linear from 0 to the peak over `warmup_steps`, the first `warmup_share` of the run, then down the schedule.
+    Linear from 0 to the peak, then down the schedule.
     """
-    if step < config.warmup_steps:
-        return config.peak_lr * (step + 1) / config.warmup_steps
+    if warmth < 1:
+        return config.peak_lr * warmth
     if config.schedule == "constant":
         return config.peak_lr
-    passed = min(1.0, max(0.0, (progress - warmup_share) / max(1e-9, 1.0 - warmup_share)))
     left = (1 + math.cos(math.pi * passed)) / 2 if config.schedule == "cosine" else 1 - passed
     return config.min_lr + (config.peak_lr - config.min_lr) * left
 

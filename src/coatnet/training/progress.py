@@ -45,10 +45,10 @@ class Shown:
 
     def __call__(self, tick: Tick) -> None:
         if tick.message is not None:
-            self.console.print(tick.message, highlight=False)
+            self.console.print(tick.message)
             self.last_line_s = time.perf_counter()
         elif not self.console.is_terminal and time.perf_counter() - self.last_line_s > SECONDS_BETWEEN_LINES:
-            self.console.print(describe(tick), highlight=False)
+            self.console.print(describe(tick))
             self.last_line_s = time.perf_counter()
         self.bar.update(self.task, description=describe(tick), completed=tick.step, total=tick.num_steps)
 

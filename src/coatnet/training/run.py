@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from coatnet.classifier import Classifier
 from coatnet.config import TrainConfig
@@ -35,6 +35,16 @@ class Tick:
 Progress = Callable[[Tick], None]
 
 
+@dataclass(frozen=True)
+class Update:
+    """What is known of an update once its gradient is there; on an accelerator the tensors are looked at later."""
+
+    step: int
+    rate: float
+    loss: Tensor  # scalar, mean over the global batch
+    grad_norm: Tensor  # scalar
+
+
 @dataclass
 class Run:
     """A run under way: what was asked, what it works on, where it stands."""
@@ -46,10 +56,13 @@ class Run:
     model: nn.Module  # the network as it is called: compiled, wrapped for ranks
     loader: TrainLoader
     preprocessing: Preprocessing
-    tell: Callable[[str | None], None]
-    started_s: float  # clock at which elapsed time was 0
-    bad_images: dict[str, str]
-    rate: float = 0.0
+    listener: Progress | None  # hears what `tell` tells
+    rate: float = 0.0  # of the newest update
+    unread: list[Update] = field(default_factory=list[Update])  # not yet in the state's mean loss
+
+    def __post_init__(self) -> None:
+        self._first_step, self._first_s = self.state.step, time.perf_counter()  # of this piece of the run
+        self._zero_s = self._first_s - self.state.elapsed_s  # clock at which elapsed time was 0
 
     @property
     def network(self) -> CoAtNet:
@@ -67,53 +80,51 @@ class Run:
         """Passes over the training pictures done so far."""
         return self.state.step * self.config.global_batch_size / len(self.data.train)
 
-    def elapsed_s(self) -> float:
-        """Seconds of training so far, over all its pieces."""
-        return time.perf_counter() - self.started_s
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Pictures looked at together: more than in training, since nothing is kept for a backward pass."""
+        held = self.config.microbatch_size or self.config.global_batch_size // self.ranks.size
+        return min(256, 2 * held)
+
+    def look_at_clock(self) -> None:
+        """Note the time spent, rank 0's on every rank; all ranks must look."""
+        self.state.elapsed_s = self.ranks.first_says(time.perf_counter() - self._zero_s)
 
     def progress(self) -> float:
         """Share of the run that is done, 0 .. 1: of its updates, or of its time where that is limited."""
         share = self.state.step / self.num_steps
         if self.config.max_time_s is not None:
-            share = max(share, self.ranks.first_says(self.elapsed_s()) / self.config.max_time_s)
+            share = max(share, self.state.elapsed_s / self.config.max_time_s)
         return min(1.0, share)
 
+    def classifier(self) -> Classifier:
+        """Return the network as it is used after training: its average, where one is kept."""
+        network = self.network if self.state.ema is None else self.state.ema.network
+        assert isinstance(network, CoAtNet)
+        return Classifier(
+            network=network,
+            preprocessing=self.preprocessing,
+            labels=self.data.class_names,
+            loss=self.config.loss,
+            device=self.ranks.device,
+        )
 
-def as_classifier(run: Run) -> Classifier:
-    """Return the network as it is used after training: its average, where one is kept."""
-    network = run.network if run.state.ema is None else run.state.ema.network
-    assert isinstance(network, CoAtNet)
-    return Classifier(
-        network=network,
-        preprocessing=run.preprocessing,
-        labels=run.data.class_names,
-        loss=run.config.loss,
-        device=run.ranks.device,
-    )
-
-
-def teller(run: Run, progress: Progress | None) -> Callable[[str | None], None]:
-    """Return a function that reports the run's standing, with an event in words or without."""
-    first_step, first_s = run.state.step, time.perf_counter()
-
-    def tell(message: str | None) -> None:
-        if progress is None:
+    def tell(self, message: str | None = None) -> None:
+        """Report where the run stands, with an event in words or without."""
+        if self.listener is None:
             return
-        state, share = run.state, run.progress()
-        taken_s = time.perf_counter() - first_s
-        images_per_s = (state.step - first_step) * run.config.global_batch_size / max(1e-9, taken_s)
-        elapsed_s = run.elapsed_s()
-        progress(
+        state, share = self.state, self.progress()
+        taken_s = time.perf_counter() - self._first_s
+        num_images = (state.step - self._first_step) * self.config.global_batch_size
+        self.listener(
             Tick(
                 step=state.step,
-                num_steps=run.num_steps,
-                epoch=run.epoch,
+                num_steps=self.num_steps,
+                epoch=self.epoch,
                 loss=state.loss_sum / state.num_losses if state.num_losses else None,
-                learning_rate=run.rate,
-                images_per_s=images_per_s,
-                eta_s=elapsed_s * (1 - share) / share if share > 0 else 0.0,
+                learning_rate=self.rate,
+                images_per_s=num_images / max(1e-9, taken_s),
+                eta_s=state.elapsed_s * (1 - share) / share if share > 0 else 0.0,
                 message=message,
             )
         )
-
-    return tell
