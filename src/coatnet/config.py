@@ -132,6 +132,8 @@ class ModelConfig(Config):
     window_size: int = 7  # cells a side, for attention "window"
     mbconv_norm: Literal["batch", "layer"] = "batch"  # Table 8
     stride_in: Literal["expand", "depthwise"] = "expand"  # Table 9: first 1x1 convolution, or the depthwise one
+    head: Literal["dense", "plain"] = "dense"  # LayerNorm, Dense + tanh, classifier; "plain" leaves out the Dense
+    init: Literal["normal", "fan_in"] = "normal"  # deviation 0.02, or 1 / sqrt(fan in)
     batch_norm_momentum: float = 0.01  # share of the newest batch in the running statistics
     stochastic_depth_rate: float = 0.0  # of the last block; grows linearly with depth
     image_size: Size = (224, 224)  # px, the size whose grid the bias tables fit
@@ -236,7 +238,7 @@ class PreprocessingConfig(Config):
 class AugmentConfig(Config):
     """What training does to a picture. Source: Table 10; "pad" and the rates of flip and erase are ours."""
 
-    crop: Literal["random_resized", "pad", "resize"] = "random_resized"  # "pad": by an eighth, then a random crop
+    crop: Literal["random_resized", "pad", "resize"] = "random_resized"  # "pad": by a twelfth, then a random crop
     crop_min_scale: float = 0.08  # of the area, for "random_resized"
     flip_rate: float = 0.5
     randaugment_ops: int = 0

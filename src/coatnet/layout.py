@@ -79,8 +79,9 @@ def count(config: ModelConfig) -> Counts:
         num_params += more_params
         macs += more_macs
     dim = config.widths[-1]
-    num_params += 2 * dim + dim * dim + dim + dim * config.num_classes + config.num_classes
-    macs += dim * dim + dim * config.num_classes
+    dense = dim * dim if config.head == "dense" else 0
+    num_params += 2 * dim + dense + (dim if dense else 0) + dim * config.num_classes + config.num_classes
+    macs += dense + dim * config.num_classes
     return Counts(num_params, macs / 1e9)
 
 

@@ -196,10 +196,10 @@ RECIPES = {
             ours=True,
             augment=AugmentConfig(crop="pad"),
             fit="resize",
-            optimizer=OptimizerConfig(peak_lr=3e-3, min_lr=1e-5, warmup_steps=200, weight_decay=0.05),
+            optimizer=OptimizerConfig(peak_lr=2e-3, min_lr=1e-5, warmup_steps=200, weight_decay=0.05),
             label_smoothing=0.1,
             num_epochs=20,
-            global_batch_size=256,
+            global_batch_size=128,
             ema_decay=0.998,
         ),
         Recipe(

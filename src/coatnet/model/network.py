@@ -37,10 +37,10 @@ class CoAtNet(nn.Module):
         self.s0 = _stem(config)
         self.s1, self.s2, self.s3, self.s4 = (_stage(config, stage) for stage in (1, 2, 3, 4))
         self.norm = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS)
-        self.pre_logits = nn.Linear(self.num_features, self.num_features)
+        self.pre_logits = nn.Linear(self.num_features, self.num_features) if config.head == "dense" else None
         self.classifier = nn.Linear(self.num_features, config.num_classes)
         self.num_depth_draws = sum(block.num_branches for block in self.blocks)
-        self.apply(init_weights)
+        self.apply(partial(init_weights, style=config.init))
 
     @property
     def stages(self) -> tuple[nn.Module, ...]:
@@ -86,9 +86,9 @@ class CoAtNet(nn.Module):
         return maps
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Classify a map of S4: pool, LayerNorm, Dense + tanh, classifier: (B, D, h, w) -> (B, K)."""
-        pooled = features.mean(dim=(2, 3))
-        return self.classifier(torch.tanh(self.pre_logits(self.norm(pooled))))
+        """Classify a map of S4: pool, LayerNorm, Dense + tanh (head "dense"), classifier: (B, D, h, w) -> (B, K)."""
+        pooled = self.norm(features.mean(dim=(2, 3)))
+        return self.classifier(pooled if self.pre_logits is None else torch.tanh(self.pre_logits(pooled)))
 
     def attention_maps(self, images: Tensor) -> list[Tensor]:
         """Return the weights of each attention block: (B, M, N, N), rows queries; by windows, (B, windows, M, n, n).
@@ -115,7 +115,7 @@ class CoAtNet(nn.Module):
         old = self.classifier.weight
         self.config = replace(self.config, num_classes=num_classes)
         self.classifier = nn.Linear(self.num_features, num_classes, device=old.device, dtype=old.dtype)
-        self.classifier.apply(init_weights)
+        init_weights(self.classifier, self.config.init)
 
     def _check(self, images: Tensor) -> None:
         channels = self.config.in_channels
