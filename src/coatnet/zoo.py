@@ -76,7 +76,7 @@ _OWN_STRIDES = (2, 2, 2, 1, 2)
 _OURS = (
     #        name            S0 S1 S2 S3 S4    S0  S1   S2   S3   S4
     Row(_own("coatnet_pico", (2, 1, 1, 1, 1), (32, 48,  64,  96, 128))),
-    Row(_own("coatnet_nano", (3, 1, 1, 1, 1), (48, 64, 128, 192, 256))),
+    Row(_own("coatnet_nano", (3, 1, 2, 1, 1), (40, 48,  96, 160, 256))),
     Row(_own("coatnet_tiny", (3, 2, 2, 4, 2), (64, 80, 128, 192, 320))),
 )
 # fmt: on

@@ -35,6 +35,7 @@ CHOICES: list[tuple[str, str, dict[str, Any]]] = [  # of a network, what is chan
     ("window_size", "windows", {"window_size": 3}),
     ("mbconv_norm", "CCTT", {"mbconv_norm": "layer"}),
     ("stride_in", "CCTT", {"stride_in": "depthwise"}),
+    ("head", "CCTT", {"head": "plain"}),
     ("batch_norm_momentum", "CCTT", {"batch_norm_momentum": 0.5}),
     ("stochastic_depth_rate", "CCTT", {"stochastic_depth_rate": 0.5}),
     ("image_size", "CCTT", {"image_size": (64, 64)}),
@@ -67,8 +68,19 @@ def test_choice_changes_the_outcome(field: str, kind: str, changes: dict[str, An
 
 
 def test_every_field_is_among_the_choices():
-    named = {field for field, _, _ in CHOICES} | {"name"}
+    named = {field for field, _, _ in CHOICES} | {"name", "init"}  # init has the test below
     assert named == {field.name for field in fields(ModelConfig)}
+
+
+@pytest.mark.parametrize("init", ["normal", "fan_in"])
+def test_init_sets_the_deviation_of_the_weights(init: str):
+    torch.manual_seed(0)
+    model = CoAtNet(replace(config_of("CCTT"), widths=(32, 64, 64, 128, 128), head_dim=32, init=init))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and module.weight.numel() > 4000:
+            want = 0.02 if init == "normal" else module.weight[0].numel() ** -0.5
+            met = module.weight.std().item()
+            assert met == pytest.approx(want, rel=0.1), f"{name}: {met:.4f}, not {want:.4f}"
 
 
 def test_choices_without_weights_of_their_own_share_them():
