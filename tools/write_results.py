@@ -101,7 +101,7 @@ def training_table(groups: dict[str, list[Record]]) -> str:
                 len(top1),
                 first["n"],
                 f"{min(minutes):.1f} to {max(minutes):.1f}",
-                f"{first['host']['cpu']}, {first['host']['torch_threads']} threads",
+                f"{first['host']['cpu']}, {first['figures']['num_ranks']} ranks x {first['host']['torch_threads']} threads",
             )
         )
     return "\n".join(lines) + "\n"

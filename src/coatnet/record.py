@@ -60,7 +60,14 @@ def write_record(
 
 
 def _command() -> list[str]:
-    return [Path(sys.argv[0]).name, *(_shorten(argument) for argument in sys.argv[1:])]
+    """Return the command as one would type it, under torchrun too."""
+    program = Path(sys.argv[0])
+    words = [program.name]
+    if program.name == "__main__.py":
+        num_ranks = os.environ.get("WORLD_SIZE", "1")
+        torchrun = ["torchrun", "--standalone", "--nproc-per-node", num_ranks]
+        words = [*(["python"] if num_ranks == "1" else torchrun), "-m", program.parent.name]
+    return words + [_shorten(argument) for argument in sys.argv[1:]]
 
 
 def _shorten(text: str) -> str:

@@ -98,6 +98,7 @@ def _write_record(run: Run, part: str | None, summary: Summary | None) -> None:
             "epochs": run.epoch,
             "steps": state.step,
             "images_per_s": state.step * config.global_batch_size / max(1e-9, state.elapsed_s),
+            "num_ranks": run.ranks.size,
             "num_params": counts.num_params,
             "gmacs": counts.gmacs,
         },
