@@ -18,13 +18,15 @@ from coatnet.family_table import rows
 
 ROOT = Path(__file__).parent.parent
 Record = dict[str, Any]
+NUM_SEEDS_WANTED = 3
 
 
 def main() -> None:
     """Write, or check, every generated text."""
     groups = group_trainings(read_records())
+    repeated = {key: group for key, group in groups.items() if len(group) >= NUM_SEEDS_WANTED}
     readme = fill((ROOT / "README.md").read_text(), "family", family_table())
-    readme = fill(readme, "measured", training_table(groups))
+    readme = fill(readme, "measured", training_table(repeated))
     texts = {ROOT / "README.md": readme, ROOT / "docs" / "results.md": results_page(groups)}
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
     if "--check" in sys.argv:
@@ -90,6 +92,7 @@ def training_table(groups: dict[str, list[Record]]) -> str:
     lines = [_row(*headings), _row(*["---"] * len(headings))]
     for group in groups.values():
         first = group[0]
+        host, num_ranks = first["host"], first["figures"].get("num_ranks", 1)
         top1 = [record["figures"]["top1_percent"] for record in group]
         minutes = [record["seconds"] / 60 for record in group]
         spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
@@ -101,7 +104,7 @@ def training_table(groups: dict[str, list[Record]]) -> str:
                 len(top1),
                 first["n"],
                 f"{min(minutes):.1f} to {max(minutes):.1f}",
-                f"{first['host']['cpu']}, {first['figures']['num_ranks']} ranks x {first['host']['torch_threads']} threads",
+                f"{host['cpu']}, {num_ranks} ranks, {host['torch_threads']} threads each",
             )
         )
     return "\n".join(lines) + "\n"
@@ -111,6 +114,7 @@ def results_page(groups: dict[str, list[Record]]) -> str:
     """Return docs/results.md."""
     parts = ["# Results\n", "Written by `python tools/write_results.py` from the records under `results/`.\n"]
     parts += ["## Trainings\n", training_table(groups)]
+    parts += [f"Fewer than {NUM_SEEDS_WANTED} seeds make no claim: such a run only stands behind a picture.\n"]
     for group in groups.values():
         config = group[0]["config"]
         parts.append(f"### {config['model']['name']} on {config['data']}\n")

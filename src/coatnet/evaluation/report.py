@@ -107,7 +107,10 @@ def _curves(history: list[dict[str, Any]]) -> str:
     plots = [loss_curves(training, validation)] if training[0] or validation[0] else []
     if accuracy[0]:
         plots.append(accuracy_curve(accuracy))
-    return f'<div class="plots">{"".join(plots)}</div>' if plots else ""
+    note = (
+        '<p class="note">Training loss is that of mixed, shifted and smoothed targets; it may lie above validation.</p>'
+    )
+    return f'{note}<div class="plots">{"".join(plots)}</div>' if plots else ""
 
 
 def _points(history: list[dict[str, Any]], key: str) -> Points:

@@ -15,13 +15,14 @@ from coatnet.classifier import load
 from coatnet.config import ModelConfig, Size, TrainConfig
 from coatnet.data.sources import measure, open_data
 from coatnet.errors import ConfigError
+from coatnet.layout import count
 from coatnet.ranks import find_device
 
 TINY_PX = 40  # pictures of up to this side are taken as they are
 SIZES_PX = {"cpu": (64, 96, 128), "accelerator": (64, 96, 128, 160, 224)}
 SAMPLES_WANTED = 1_200_000  # seen in a whole run, augmented anew each time
+GMACS_OF_A_CPU = 30_000  # multiply-adds forward, in G, that a run on a CPU may take, lest it take all day
 EPOCHS = (15, 100)  # fewest and most, for own recipes
-NUM_IMAGES_FOR_LARGE_BATCH = 20_000
 
 
 def choose_config(data: str, out: str, given: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
@@ -44,7 +45,7 @@ def choose_config(data: str, out: str, given: dict[str, Any]) -> tuple[TrainConf
     model = replace(model, num_classes=len(pictures.class_names), image_size=image_size)
     settings = recipe.settings(model, image_size, num_images)
     if recipe.ours:
-        settings |= _choose_length(num_images, settings, given, reasons)
+        settings |= _choose_length(num_images, device.type, settings, given, reasons)
     settings |= {"device": str(device), **_choose_speed(device, given, reasons)}
     return _with_given(TrainConfig(data=data, out=out, **settings), given), reasons
 
@@ -98,14 +99,15 @@ def _choose_recipe(image_size: Size, starts_trained: bool, reasons: list[str]) -
 
 
 def _choose_length(
-    num_images: int, settings: dict[str, Any], given: dict[str, Any], reasons: list[str]
+    num_images: int, device: str, settings: dict[str, Any], given: dict[str, Any], reasons: list[str]
 ) -> dict[str, Any]:
-    """Choose batch and epochs of our own recipes by the amount of data, and fit the warm-up into them."""
+    """Choose batch and epochs of our own recipes by the data and what the device affords, and fit the warm-up in."""
     batch = settings["global_batch_size"]
     while "global_batch_size" not in given and batch > 16 and batch * 20 > num_images:
         batch //= 2
     least, most = EPOCHS
-    epochs = float(min(most, max(least, round(SAMPLES_WANTED / num_images))))
+    affordable = GMACS_OF_A_CPU / count(settings["model"]).gmacs if device == "cpu" else SAMPLES_WANTED
+    epochs = float(min(most, max(least, round(min(SAMPLES_WANTED, affordable) / num_images))))
     if given.get("init"):
         epochs = settings["num_epochs"]
     epochs = given.get("num_epochs", epochs)

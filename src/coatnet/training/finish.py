@@ -76,7 +76,7 @@ def _write_evaluation(
         image_set=image_set,
         bad_images=bad_images,
         facts={
-            "measured on": f"{part} ({summary.n} pictures)",
+            "measured on": f"{part} part",
             "parameters": f"{count(config.model).num_params / 1e6:.2f} M",
             "training time": in_words(run.state.elapsed_s),
             "epochs": f"{run.epoch:.3g}",
