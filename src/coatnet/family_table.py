@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -52,4 +53,4 @@ def show(found: list[dict[str, Any]]) -> None:
             else " / ".join("-" if top1 is None else f"{top1:.1f}" for top1 in alone),
             "" if extra is None else f"{extra:.2f} ({row['extra_data']})",
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)  # off a terminal nothing is cut

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from coatnet import zoo
-from coatnet.config import AugmentConfig, OptimizerConfig, PreprocessingConfig, TrainConfig
+from coatnet.config import AugmentConfig, ModelConfig, OptimizerConfig, PreprocessingConfig, TrainConfig
 
 CLASSES = ("bird", "fish", "frog")
 SIZE = (24, 24)
-MODEL = replace(
-    zoo.find("coatnet_pico").config,
+MODEL = ModelConfig(
     name="tiny",
     depths=(1, 1, 1, 1, 1),
     widths=(8, 8, 16, 32, 32),
+    strides=(2, 2, 2, 1, 2),
     head_dim=16,
+    batch_norm_momentum=0.1,
+    init="fan_in",
     image_size=SIZE,
     num_classes=len(CLASSES),
 )

@@ -57,13 +57,19 @@ def _choose_part(run: Path, data: str, part: Part | None) -> tuple[str, ImageSet
     return ("all" if name == "train" else name), chosen
 
 
+def _console() -> Console:
+    """Show names as they are; off a terminal nothing is cut to a width that nobody sees."""
+    width = None if sys.stdout.isatty() else 1000
+    return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
 def _same(one: str, other: str) -> bool:
     return one == other or Path(one).resolve() == Path(other).resolve()
 
 
 def show(summary: Summary, part: str, bad_images: dict[str, str]) -> None:
     """Print the figures as text: the headline, then a row a class."""
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)  # names are shown as they are
+    console = _console()
     console.print(f"{summary.n} pictures ({part})")
     figures: tuple[tuple[str, float | None, Interval | None, str, int], ...] = (
         ("top-1", summary.top1_percent, summary.top1_interval, " %", 2),
@@ -76,7 +82,7 @@ def show(summary: Summary, part: str, bad_images: dict[str, str]) -> None:
             between = "" if interval is None else f"   (95 %: {interval_text(interval, digits)})"
             console.print(f"{label:18}{value:.{digits}f}{unit}{between}")
     table = Table()
-    table.add_column("class")
+    table.add_column("class", overflow="fold")
     for heading in ("pictures", "precision %", "recall %", "F1 %"):
         table.add_column(heading, justify="right")
     for row in summary.classes:
@@ -122,13 +128,13 @@ def _answers(classifier: Classifier, paths: list[Path], k: int, bad: list[BadIma
 
 def _print_table(answers: Answers) -> None:
     table = Table()
-    table.add_column("picture")
+    table.add_column("picture", overflow="fold")
     table.add_column("label")
     table.add_column("probability %", justify="right")
     for path, answer in answers:
         for place, best in enumerate(answer):
             table.add_row("" if place else str(path), best.label, f"{100 * best.probability:.1f}")
-    Console(markup=False, emoji=False).print(table)
+    _console().print(table)
 
 
 def _print_csv(answers: Answers) -> None:

@@ -22,7 +22,7 @@ class RelativeBias(nn.Module):
     """One learned scalar a head and 2-D offset, laid out for every pair of tokens.
 
     The table fits the trained grid; for another grid it is interpolated bilinearly (A.1), offset 0 staying in the
-    middle. Nothing is kept between calls: laying out costs about a hundredth of the block.
+    middle. Nothing is kept between calls, so nothing can be out of date.
     """
 
     def __init__(self, num_heads: int, grid: Size) -> None:

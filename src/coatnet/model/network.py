@@ -63,11 +63,13 @@ class CoAtNet(nn.Module):
         Raises: ConfigError if the images are not (B, in_channels, H, W) of floats, if the draws are not
         (B, num_depth_draws), or if draws come with a list.
         """
-        if not isinstance(images, Tensor):
-            if depth_draws is not None:
-                raise ConfigError("Depth draws came with a list of tensors. Give each tensor its own call.")
-            return [self(crop) for crop in images]
-        return self.forward_head(self.forward_features(images, depth_draws))
+        if isinstance(images, Tensor):
+            return self.forward_head(self.forward_features(images, depth_draws))
+        if not isinstance(images, list | tuple):
+            raise ConfigError(f"Images came as {type(images).__name__}. Give a tensor, or a list of tensors.")
+        if depth_draws is not None:
+            raise ConfigError("Depth draws came with a list of tensors. Give each tensor its own call.")
+        return [self(crop) for crop in images]
 
     def forward_features(self, images: Tensor, depth_draws: Tensor | None = None) -> Tensor:
         """Return the map of S4: (B, C, H, W) -> (B, num_features, h, w)."""
