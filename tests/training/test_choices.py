@@ -95,7 +95,9 @@ class Many:
 def test_length_follows_the_amount(
     num_images: int, epochs: float, batch: int, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
+    """As an accelerator affords it."""
     monkeypatch.setattr(choices, "open_data", lambda *_a, **_k: Many(num_images))
+    monkeypatch.setattr(choices, "find_device", lambda _name: torch.device("mps"))
     config, reasons = choose(folders["100"])
     assert (config.num_epochs, config.global_batch_size) == (epochs, batch)
     steps = round(epochs * num_images / batch)
@@ -103,6 +105,13 @@ def test_length_follows_the_amount(
     assert f"batch {batch}: " in reasons
     assert config.optimizer.warmup_steps <= steps // 10
     assert config.evaluation_interval_epochs == max(1, epochs // 25)
+
+
+def test_a_cpu_takes_fewer_epochs_of_larger_pictures(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(choices, "open_data", lambda *_a, **_k: Many(10_000))
+    epochs = [choose(folders["100"], image_size=(px, px))[0].num_epochs for px in (32, 64, 128, 512)]
+    assert epochs == sorted(epochs, reverse=True)
+    assert epochs[0] > epochs[-1] == choices.EPOCHS[0]
 
 
 def test_warm_up_fits_the_epochs_that_were_given(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
