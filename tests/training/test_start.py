@@ -30,6 +30,9 @@ def state_of(network: CoAtNet) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
+LABELS = ("bird", "fish", "frog")
+
+
 @pytest.fixture
 def source() -> CoAtNet:
     return start.build(MODEL, seed=11)
@@ -38,7 +41,7 @@ def source() -> CoAtNet:
 @pytest.fixture
 def model_folder(source: CoAtNet, tmp_path: Path) -> Path:
     preprocessing = Preprocessing(PreprocessingConfig(image_size=MODEL.image_size))
-    classifier = Classifier(network=source, preprocessing=preprocessing, labels=("bird", "fish", "frog"))
+    classifier = Classifier(network=source, preprocessing=preprocessing, labels=LABELS)
     classifier.save(tmp_path / "run" / "model")
     return tmp_path / "run" / "model"
 
@@ -61,23 +64,33 @@ def test_initialise_takes_the_weights(place: str, source: CoAtNet, model_folder:
         "safetensors file": model_folder / "model.safetensors",
     }[place]
     network = start.build(MODEL, seed=12)
-    assert start.initialise(network, path) == []
+    assert start.initialise(network, path, LABELS) == []
     assert_equal(state_of(network), state_of(source))
 
 
 def test_other_classes_get_a_new_classifier(source: CoAtNet, model_folder: Path):
     network = start.build(replace(MODEL, num_classes=5), seed=12)
     fresh = network.classifier.weight.clone()
-    assert start.initialise(network, model_folder) == ["the classifier starts anew: 5 classes"]
+    assert start.initialise(network, model_folder, ("a", "b", "c", "d", "e")) == [
+        "the classifier starts anew: 5 classes"
+    ]
     assert torch.equal(network.classifier.weight, fresh)
     rest = {name: tensor for name, tensor in state_of(network).items() if not name.startswith("classifier")}
     assert_equal(rest, {name: state_of(source)[name] for name in rest})
 
 
+@pytest.mark.parametrize("labels", [("bird", "fish", "newt"), ("frog", "fish", "bird")])
+def test_as_many_classes_of_other_names_get_a_new_classifier_too(labels: tuple[str, ...], model_folder: Path):
+    network = start.build(MODEL, seed=12)
+    fresh = network.classifier.weight.clone()
+    assert start.initialise(network, model_folder, labels) == ["the classifier starts anew: 3 classes"]
+    assert torch.equal(network.classifier.weight, fresh)
+
+
 @pytest.mark.parametrize("size", [(48, 48), (8, 8), (24, 40)])
 def test_other_size_gets_interpolated_tables(size: tuple[int, int], source: CoAtNet, model_folder: Path):
     network = start.build(replace(MODEL, image_size=size), seed=12)
-    (note,) = start.initialise(network, model_folder)
+    (note,) = start.initialise(network, model_folder, LABELS)
     assert note == f"{len(TABLES)} bias tables were interpolated to {size} px"
     for name in TABLES:
         found, old = network.state_dict()[name], source.state_dict()[name]
@@ -100,7 +113,7 @@ def test_another_network_is_refused_by_its_first_tensor(change: dict, tensor: st
     network = start.build(replace(MODEL, **change), seed=12)
     before = state_of(network)
     with pytest.raises(ModelFileError, match=r"tensors are of another network\. ") as refusal:
-        start.initialise(network, model_folder)
+        start.initialise(network, model_folder, LABELS)
     assert tensor in str(refusal.value)
     assert "Give --model" in str(refusal.value)
     assert_equal(state_of(network), before)
@@ -130,7 +143,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path):
 def test_half_precision_weights_are_taken(source: CoAtNet, tmp_path: Path):
     save_file({name: t.half() for name, t in state_of(source).items()}, tmp_path / "half.safetensors")
     network = start.build(replace(MODEL, image_size=(32, 32)), seed=12)
-    start.initialise(network, tmp_path / "half.safetensors")
+    start.initialise(network, tmp_path / "half.safetensors", LABELS)
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert torch.equal(network.classifier.weight, source.classifier.weight.half().float())
 

@@ -60,7 +60,7 @@ def _set_up(config: TrainConfig, ranks: Ranks, resumes: bool, progress: Progress
     found, notes = checkpoint.find_newest(folder) if resumes else (None, [])
     network = build(config.model, config.seed)
     if config.init and found is None:
-        notes += initialise(network, Path(config.init))
+        notes += initialise(network, Path(config.init), data.class_names)
     network.to(device=ranks.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     network.activation_checkpointing = config.activation_checkpointing
     if config.freeze:

@@ -25,27 +25,34 @@ def build(config: ModelConfig, seed: int) -> CoAtNet:
         return CoAtNet(config)
 
 
-def read_weights(source: Path) -> dict[str, Tensor]:
-    """Read the weights of a run folder, a model folder or a safetensors file. Raises: ModelFileError."""
+def read_weights(source: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
+    """Read the weights of a run folder, a model folder or a safetensors file, and the labels where they are told.
+
+    Raises: ModelFileError.
+    """
     if source.is_dir():
-        return load(source).network.state_dict()
+        trained = load(source)
+        return trained.network.state_dict(), trained.labels
     if source.suffix != ".safetensors":
         raise ModelFileError(f"{source} is no run, model folder or .safetensors file. Give one of these.")
     try:
-        return load_file(source)
+        return load_file(source), None
     except (SafetensorError, OSError) as error:
         raise ModelFileError(f"{source} cannot be read: {error}.") from None
 
 
-def initialise(network: CoAtNet, source: Path) -> list[str]:
-    """Take a trained network's weights; return notes on what was adapted.
+def initialise(network: CoAtNet, source: Path, labels: tuple[str, ...]) -> list[str]:
+    """Take a trained network's weights for these labels; return notes on what was adapted.
 
     Bias tables of another resolution are interpolated (A.1); a classifier for other classes starts anew.
     Raises: ModelFileError naming the first tensor of another network.
     """
-    found, wanted = read_weights(source), network.state_dict()
+    (found, known_labels), wanted = read_weights(source), network.state_dict()
     notes: list[str] = []
-    if "classifier.weight" in found and found["classifier.weight"].shape != wanted["classifier.weight"].shape:
+    is_other_size = (
+        found.get("classifier.weight", wanted["classifier.weight"]).shape != wanted["classifier.weight"].shape
+    )
+    if is_other_size or known_labels not in (None, labels):
         notes.append(f"the classifier starts anew: {len(wanted['classifier.bias'])} classes")
         found = {**found, **{name: wanted[name] for name in ("classifier.weight", "classifier.bias")}}
     tables = [name for name in wanted if name.endswith("bias.table") and name in found]
