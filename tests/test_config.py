@@ -196,15 +196,23 @@ MODELS = st.builds(
 )
 
 
+MEANS = (0.5, 0.25, 0.125)
+
+
 @given(
-    model=MODELS, ema=st.none() | st.floats(0, 0.9999), alpha=st.none() | st.floats(0.01, 2), seed=st.integers(0, 2**62)
+    model=MODELS.filter(lambda model: model.in_channels in (1, 3)),
+    ema=st.none() | st.floats(0, 0.9999),
+    alpha=st.none() | st.floats(0.01, 2),
+    seed=st.integers(0, 2**62),
 )
 def test_json_carries_a_config_both_ways(model: ModelConfig, ema: float | None, alpha: float | None, seed: int):
     config = TrainConfig(
         data="d",
         out="o",
         model=model,
-        preprocessing=PreprocessingConfig(image_size=model.image_size, mean=(0.5,), std=(0.25,)),
+        preprocessing=PreprocessingConfig(
+            image_size=model.image_size, mean=MEANS[: model.in_channels], std=MEANS[: model.in_channels]
+        ),
         augment=AugmentConfig(mixup_alpha=alpha),
         ema_decay=ema,
         seed=seed,

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -322,5 +323,8 @@ def _in_words(error: Exception) -> str:
 
 
 def main() -> None:
-    """Run the command line that was typed."""
+    """Run the command line that was typed. What a terminal cannot show, file names of any bytes say, is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))

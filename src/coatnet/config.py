@@ -16,7 +16,6 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 from coatnet.errors import ConfigError
 
 Size = tuple[int, int]  # (height, width) in pixels
-SCOPES = ("global", "window", "linear")
 
 
 def _check(holds: bool, met: str, allowed: str) -> None:
@@ -209,7 +208,7 @@ def _check_rate(name: str, value: float, below: float = 1.0) -> None:
 
 
 def _check_positive(name: str, value: float | None) -> None:
-    _check(value is None or value > 0, f"{name} is {value}", "It must be above 0")
+    _check(value is None or 0 < value < float("inf"), f"{name} is {value}", "It must be above 0, and finite")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -334,6 +333,11 @@ class TrainConfig(Config):
                 f"holdout_percent is {self.holdout_percent}",
                 "It must be above 0, at most 50",
             )
+        _check(
+            len(self.preprocessing.mean) == self.model.in_channels,
+            f"preprocessing has {len(self.preprocessing.mean)} channels, the model {self.model.in_channels}",
+            "Give mean and std of in_channels numbers",
+        )
         _check(
             self.preprocessing.image_size == self.model.image_size,
             f"preprocessing gives {self.preprocessing.image_size} px, the model's tables fit {self.model.image_size}",

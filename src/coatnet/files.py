@@ -35,7 +35,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    aside.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
     _sync(aside)
     aside.replace(path)
     _sync(path.parent)
@@ -73,7 +73,12 @@ def new_folder(path: Path) -> Generator[Path]:
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
             path.rename(old)
-        aside.rename(path)
+        try:
+            aside.rename(path)
+        except BaseException:  # Ctrl-C between the two renames too: put back what was there
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:

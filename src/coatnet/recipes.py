@@ -214,6 +214,18 @@ RECIPES = {
             global_batch_size=64,
             ema_decay=0.99,
         ),
+        Recipe(
+            name="tiny_finetune",
+            for_what="the same for pictures of up to 40 px",
+            ours=True,
+            augment=AugmentConfig(crop="pad"),
+            fit="resize",
+            optimizer=OptimizerConfig(peak_lr=3e-4, min_lr=1e-6, warmup_steps=50, weight_decay=0.01),
+            label_smoothing=0.1,
+            num_epochs=20,
+            global_batch_size=64,
+            ema_decay=0.99,
+        ),
     )
 }
 

@@ -75,7 +75,7 @@ def _shorten(text: str) -> str:
     option, equals, value = text.partition("=")
     if not equals:
         option, value = "", text
-    path = Path(value).expanduser() if value.startswith("~") else Path(value)
+    path = Path(os.path.expanduser(value))  # noqa: PTH111 - Path's raises where it knows no such user
     if not path.is_absolute():
         return text
     inside = path.is_relative_to(Path.cwd())

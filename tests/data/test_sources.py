@@ -92,6 +92,19 @@ def test_train_and_test_alone_get_a_val(make_folder):
     assert (len(data.train), len(data.val), len(data.test)) == (18, 2, 1)
 
 
+def test_parts_may_be_written_otherwise(make_folder):
+    make_folder({"ant": 4, "bee": 4}, "d/Training")
+    data = open_data(make_folder({"ant": 1, "bee": 1}, "d/TEST").parent)
+    assert data.class_names == ("ant", "bee"), "the parts were taken for classes"
+    assert (len(data.train), len(data.test)) == (6, 2)
+
+
+def test_a_test_part_without_train_is_not_taken_for_classes(make_folder):
+    make_folder({"ant": 1, "bee": 1}, "d/val")
+    with pytest.raises(DataError, match="but no train"):
+        open_data(make_folder({"ant": 1, "bee": 1}, "d/test").parent)
+
+
 def test_train_may_be_a_class(make_folder):
     assert open_data(make_folder({"bus": 2, "train": 2})).class_names == ("bus", "train")
 

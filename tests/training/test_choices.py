@@ -127,10 +127,23 @@ def test_warm_up_in_epochs_counts_the_batch_that_was_given(folders: dict[str, Pa
     assert config.optimizer.warmup_steps == 5 * 1000 / 100
 
 
-def test_a_papers_recipe_is_taken_as_it_is(folders: dict[str, Path]):
+def test_a_papers_recipe_is_taken_as_it_is(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(choices, "open_data", lambda *_a, **_k: Many(1_281_167))
     config, _ = choose(folders["100"], recipe="imagenet_1k", model="coatnet_1")
     assert (config.num_epochs, config.global_batch_size, config.optimizer.warmup_steps) == (300, 4096, 10_000)
     assert config.model.stochastic_depth_rate == 0.3
+
+
+def test_a_papers_warm_up_is_cut_where_it_would_be_the_whole_run(folders: dict[str, Path]):
+    config, reasons = choose(
+        folders["100"], recipe="imagenet_1k", model="coatnet_1", global_batch_size=1, num_epochs=30
+    )
+    assert config.optimizer.warmup_steps < 300, config.optimizer.warmup_steps
+    assert "not the recipe's 10000" in reasons
+
+
+def test_frozen_random_weights_are_told_of(folders: dict[str, Path]):
+    assert "freeze S2 without --init" in choose(folders["28"], freeze="S2")[1]
 
 
 def test_fine_tuning_takes_the_network_of_its_source(folders: dict[str, Path], tmp_path: Path):
@@ -139,9 +152,9 @@ def test_fine_tuning_takes_the_network_of_its_source(folders: dict[str, Path], t
     Classifier(network=build(source, 0), preprocessing=preprocessing, labels=("a", "b")).save(tmp_path / "model")
     config, reasons = choose(folders["28"], init=str(tmp_path))
     assert config.model == replace(source, num_classes=3, image_size=(28, 28))
-    assert config.recipe == "small_finetune"
+    assert config.recipe == "tiny_finetune"
     assert f"model tiny: that of {tmp_path}" in reasons
-    assert "recipe small_finetune: starting from a trained model" in reasons
+    assert "recipe tiny_finetune: starting from a trained model" in reasons
     named, _ = choose(folders["28"], init=str(tmp_path), model="coatnet_pico")
     assert named.model.name == "coatnet_pico", "what the user names wins"
 

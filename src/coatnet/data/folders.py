@@ -14,7 +14,10 @@ from coatnet.data.decode import SUFFIXES
 from coatnet.data.image_sets import FolderImages
 from coatnet.errors import DataError
 
-PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # folder -> part
+PARTS = {  # folder, in lower case -> part
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 
 
 def open_folder(folder: Path) -> dict[str, FolderImages]:
@@ -26,19 +29,23 @@ def open_folder(folder: Path) -> dict[str, FolderImages]:
         what = "is a file" if folder.exists() else "is not there"
         raise DataError(f"{folder} {what}. Give a folder with one subfolder of pictures a class, or fashion-mnist.")
     inside = _subfolders(folder)
-    parts = [name for name in inside if name in PARTS]
-    if "train" not in parts or (parts == ["train"] and len(inside) > 1):  # `train` may be a class, among others
+    parts = [name for name in inside if name.casefold() in PARTS and _holds_classes(folder / name)]
+    if not parts:
         return {"train": labelled_folder(folder)}
-    if others := [name for name in inside if name not in PARTS]:
+    if all(PARTS[name.casefold()] != "train" for name in parts):
+        raise DataError(f"{folder} has {', '.join(parts)} but no train. Give {folder / parts[0]}, or add train.")
+    if others := [name for name in inside if name not in parts]:
         raise DataError(f"{folder} has {', '.join(parts)} and beside them {others[0]}. Move it away, or into train.")
     found: dict[str, FolderImages] = {}
-    train = labelled_folder(folder / "train", relative_to=folder)
+    trains = [name for name in parts if PARTS[name.casefold()] == "train"]
+    train = labelled_folder(folder / trains[0], relative_to=folder)
     for name in parts:
-        if PARTS[name] in found:
-            raise DataError(f"{folder} has {PARTS[name]} twice, under two names ({', '.join(parts)}). Keep one.")
-        found[PARTS[name]] = (
+        part = PARTS[name.casefold()]
+        if part in found:
+            raise DataError(f"{folder} has {part} twice, under two names ({', '.join(parts)}). Keep one.")
+        found[part] = (
             train
-            if name == "train"
+            if part == "train"
             else labelled_folder(folder / name, relative_to=folder, class_names=train.class_names)
         )
     return found
@@ -117,6 +124,12 @@ def list_images(arguments: Sequence[str]) -> list[Path]:
     if not found:
         raise DataError("No picture was named. Give files, folders, patterns, or - for paths from the input.")
     return found
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Return whether a folder is a part, with classes below, rather than a class of that name, with pictures in it."""
+    loose = any(_is_picture(entry.name) and entry.is_file() for entry in folder.iterdir())
+    return bool(_subfolders(folder)) and not loose
 
 
 def _subfolders(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from coatnet.classifier import Classifier, Prediction, load
-from coatnet.data.sources import ImageSet, list_images, open_data
+from coatnet.data.sources import ImageSet, Split, list_images, open_data
 from coatnet.errors import BadImageError, ConfigError, DataError
 from coatnet.evaluation.metrics import Interval, Summary, evaluate, summarise
 from coatnet.evaluation.tables import interval_text
@@ -41,9 +41,10 @@ def evaluate_run(
 
 
 def _choose_part(run: Path, data: str, part: Part | None) -> tuple[str, ImageSet]:
-    is_own = (run / "config.json").is_file() and _same(read_json(run / "config.json")["data"], data)
-    split = read_json(run / "split.json") if is_own and (run / "split.json").is_file() else None
-    found = open_data(data, split=split, holdout_percent=None)
+    found = open_data(data, holdout_percent=None)
+    split = _split_of(run)
+    if split is not None and found.split is not None and _names(split) <= _names(found.split):
+        found = open_data(data, split=split)  # the run's own pictures, wherever they lie now
     parts = {"test": found.test, "val": found.val, "train": found.train}
     if part is not None:
         chosen = parts[part]
@@ -63,8 +64,16 @@ def _console() -> Console:
     return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
-def _same(one: str, other: str) -> bool:
-    return one == other or Path(one).resolve() == Path(other).resolve()
+def _split_of(run: Path) -> Split | None:
+    """Return how the run divided its pictures, if it did; `run` may be the run's model folder."""
+    for folder in (run, run.parent):
+        if (folder / "split.json").is_file() and (folder / "model").is_dir():
+            return read_json(folder / "split.json")
+    return None
+
+
+def _names(split: Split) -> set[str]:
+    return {name for names in split.values() for name in names}
 
 
 def show(summary: Summary, part: str, bad_images: dict[str, str]) -> None:

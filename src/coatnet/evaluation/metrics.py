@@ -141,7 +141,8 @@ def evaluate(
         if progress is not None:
             progress(done, len(image_set))
     if not done:
-        raise DataError(f"None of the set's {len(image_set)} pictures can be read. `coatnet check` tells why.")
+        first = next(iter(loader.bad_images.values()), "it is empty")
+        raise DataError(f"None of the set's {len(image_set)} pictures can be read. The first: {first}")
     order = np.concatenate(positions)
     outcome = Outcome(
         logits=np.concatenate(logits),

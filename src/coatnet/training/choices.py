@@ -12,7 +12,7 @@ import torch
 
 from coatnet import recipes, zoo
 from coatnet.classifier import load
-from coatnet.config import ModelConfig, Size, TrainConfig
+from coatnet.config import ModelConfig, OptimizerConfig, Size, TrainConfig
 from coatnet.data.sources import measure, open_data
 from coatnet.errors import ConfigError
 from coatnet.layout import count
@@ -46,6 +46,9 @@ def choose_config(data: str, out: str, given: dict[str, Any]) -> tuple[TrainConf
     settings = recipe.settings(model, image_size, num_images)
     if recipe.ours:
         settings |= _choose_length(num_images, device.type, settings, given, reasons)
+    settings["optimizer"] = _fit_warmup(num_images, settings | given, settings["optimizer"], reasons)
+    if given.get("freeze") and not given.get("init"):
+        reasons.append(f"freeze {given['freeze']} without --init: weights that were never trained stay as they are")
     settings |= {"device": str(device), **_choose_speed(device, given, reasons)}
     return _with_given(TrainConfig(data=data, out=out, **settings), given), reasons
 
@@ -88,7 +91,9 @@ def _choose_model(name: str | None, init: str | None, image_size: Size, device: 
 
 
 def _choose_recipe(image_size: Size, starts_trained: bool, reasons: list[str]) -> str:
-    if starts_trained:
+    if starts_trained and max(image_size) <= TINY_PX:
+        name, why = "tiny_finetune", "starting from a trained model, on tiny pictures"
+    elif starts_trained:
         name, why = "small_finetune", "starting from a trained model"
     elif max(image_size) <= TINY_PX:
         name, why = "tiny_pictures", "tiny pictures lose too much when they are cropped and magnified"
@@ -101,7 +106,7 @@ def _choose_recipe(image_size: Size, starts_trained: bool, reasons: list[str]) -
 def _choose_length(
     num_images: int, device: str, settings: dict[str, Any], given: dict[str, Any], reasons: list[str]
 ) -> dict[str, Any]:
-    """Choose batch and epochs of our own recipes by the data and what the device affords, and fit the warm-up in."""
+    """Choose batch and epochs of our own recipes by the data and what the device affords."""
     batch = settings["global_batch_size"]
     while "global_batch_size" not in given and batch > 16 and batch * 20 > num_images:
         batch //= 2
@@ -112,21 +117,29 @@ def _choose_length(
         epochs = settings["num_epochs"]
     epochs = given.get("num_epochs", epochs)
     steps = round(epochs * num_images / batch)
-    optimizer = settings["optimizer"]
-    if optimizer.warmup_steps > steps // 10:
-        optimizer = replace(optimizer, warmup_steps=steps // 10)
     if "num_epochs" not in given:
         at_most = "at most " if "max_time_s" in given else ""
         reasons.append(f"{at_most}{epochs:g} epochs: {num_images} training pictures, {steps} updates")
     if "global_batch_size" not in given:
         reasons.append(f"batch {batch}: recipe {settings['recipe']} with {num_images} training pictures")
-    interval = max(1.0, epochs // 25)  # some 25 points make a curve
+    interval = 1.0 if "patience_epochs" in given else max(1.0, epochs // 25)  # some 25 points make a curve
     return {
         "num_epochs": epochs,
         "global_batch_size": batch,
-        "optimizer": optimizer,
         "evaluation_interval_epochs": interval,
     }
+
+
+def _fit_warmup(
+    num_images: int, settings: dict[str, Any], optimizer: OptimizerConfig, reasons: list[str]
+) -> OptimizerConfig:
+    """Cut a warm-up that would take most of the run, made for more data or more epochs, to a tenth of it."""
+    steps = round(settings["num_epochs"] * num_images / settings["global_batch_size"])
+    wanted = optimizer.warmup_steps
+    if wanted <= steps // 10 or (wanted <= steps // 2 and not recipes.find(settings["recipe"]).ours):
+        return optimizer
+    reasons.append(f"warm-up {steps // 10} updates, not the recipe's {wanted}: the run has {steps}")
+    return replace(optimizer, warmup_steps=steps // 10)
 
 
 def _choose_speed(device: torch.device, given: dict[str, Any], reasons: list[str]) -> dict[str, Any]:

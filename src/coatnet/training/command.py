@@ -57,7 +57,8 @@ def _close(console: Console, result: Result) -> None:
     if result.was_interrupted:
         console.print(f"Stopped. Go on with: coatnet train --resume --out {result.run}")
     if result.num_bad_images:
-        console.print(f"{result.num_bad_images} files could not be read; the report lists them.")
+        where = "report" if result.summary is not None else "record"
+        console.print(f"{result.num_bad_images} files could not be read; the {where} lists them.")
     if result.summary is not None:
         top1 = f"{result.summary.top1_percent:.2f} % ({interval_text(result.summary.top1_interval)})"
         console.print(f"top-1 {top1} on {result.summary.n} {result.part} pictures")

@@ -46,9 +46,10 @@ def finish(run: Run, was_interrupted: bool) -> Result:
         )
         summary = summarise(outcome)
         bad_images |= outcome.bad_images
+        _write_record(run, part, summary, bad_images)
         _write_evaluation(run, part, image_set, outcome, summary, bad_images)
-    if run.ranks.is_first:
-        _write_record(run, None if summary is None else part, summary)
+    elif run.ranks.is_first:
+        _write_record(run, None, None, bad_images)
     return Result(
         run=folder,
         classifier=classifier,
@@ -85,7 +86,7 @@ def _write_evaluation(
     )
 
 
-def _write_record(run: Run, part: str | None, summary: Summary | None) -> None:
+def _write_record(run: Run, part: str | None, summary: Summary | None, bad_images: dict[str, str]) -> None:
     config, state, counts = run.config, run.state, count(run.config.model)
     write_record(
         Path(config.out) / "record.json",
@@ -101,6 +102,7 @@ def _write_record(run: Run, part: str | None, summary: Summary | None) -> None:
             "num_ranks": run.ranks.size,
             "num_params": counts.num_params,
             "gmacs": counts.gmacs,
+            "bad_images": bad_images,
         },
         seeds=[config.seed],
         n=summary.n if summary else 0,

@@ -49,9 +49,8 @@ def initialise(network: CoAtNet, source: Path, labels: tuple[str, ...]) -> list[
     """
     (found, known_labels), wanted = read_weights(source), network.state_dict()
     notes: list[str] = []
-    is_other_size = (
-        found.get("classifier.weight", wanted["classifier.weight"]).shape != wanted["classifier.weight"].shape
-    )
+    weight = found.get("classifier.weight")
+    is_other_size = weight is not None and weight.shape != wanted["classifier.weight"].shape
     if is_other_size or known_labels not in (None, labels):
         notes.append(f"the classifier starts anew: {len(wanted['classifier.bias'])} classes")
         found = {**found, **{name: wanted[name] for name in ("classifier.weight", "classifier.bias")}}
