@@ -1,10 +1,13 @@
-"""The few kinds of error a user can meet.
+"""The few kinds of error a user can meet, and the hint for a misspelt name.
 
 Each message says what was met, what is allowed and what to do, in one or two lines. The command line prints the
 message alone; a program catches `CoatnetError`, or the kind it can handle.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class CoatnetError(Exception):
@@ -29,3 +32,10 @@ class ModelFileError(CoatnetError):
 
 class TrainingError(CoatnetError):
     """A training run that cannot start or go on: the loss is not finite, or the run folder is in use."""
+
+
+def name_hint(met: str, known: Iterable[str]) -> str:
+    """Return "Did you mean 'x'?" for the known name nearest to what was met, or all of them where none is near."""
+    known = list(known)
+    near = get_close_matches(met, known, n=1)
+    return f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(known)}."

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from coatnet.config import AugmentConfig, ModelConfig, OptimizerConfig, PreprocessingConfig, Size
-from coatnet.errors import ConfigError
+from coatnet.errors import ConfigError, name_hint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,10 +195,10 @@ RECIPES = {
             ours=True,
             augment=AugmentConfig(crop="pad"),
             fit="resize",
-            optimizer=OptimizerConfig(peak_lr=2e-3, min_lr=1e-5, warmup_steps=200, weight_decay=0.05),
+            optimizer=OptimizerConfig(method="muon", peak_lr=2e-3, min_lr=1e-5, warmup_steps=100, weight_decay=0.3),
             label_smoothing=0.1,
             num_epochs=20,
-            global_batch_size=128,
+            global_batch_size=256,
             ema_decay=0.998,
         ),
         Recipe(
@@ -234,6 +233,4 @@ def find(name: str) -> Recipe:
     """Return the recipe of that name. Raises: ConfigError naming the nearest known name."""
     if name in RECIPES:
         return RECIPES[name]
-    near = get_close_matches(name, RECIPES, n=1)
-    hint = f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(RECIPES)}."
-    raise ConfigError(f"There is no recipe '{name}'. {hint}")
+    raise ConfigError(f"There is no recipe '{name}'. {name_hint(name, RECIPES)}")

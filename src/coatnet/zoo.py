@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 
 from coatnet.config import ModelConfig
-from coatnet.errors import ConfigError
+from coatnet.errors import ConfigError, name_hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +88,4 @@ def find(name: str) -> Row:
     """Return the row of that name. Raises: ConfigError naming the nearest known name."""
     if name in ZOO:
         return ZOO[name]
-    near = get_close_matches(name, ZOO, n=1)
-    hint = f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(ZOO)}."
-    raise ConfigError(f"There is no model '{name}'. {hint}")
+    raise ConfigError(f"There is no model '{name}'. {name_hint(name, ZOO)}")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from coatnet.config import OptimizerConfig
 from coatnet.training import checkpoint
 from coatnet.training.ema import Ema
-from coatnet.training.optimizer import make_optimizer
+from coatnet.training.optimizer import make_optimizers
 from coatnet.training.start import build
 from model.networks import assert_equal
 from training.tiny import MODEL, SIZE
@@ -25,10 +26,10 @@ from training.tiny import MODEL, SIZE
 FILES = ("network.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json", "manifest.json")
 
 
-def state_at(step: int, *, seed: int = 0) -> checkpoint.State:
+def state_at(step: int, *, seed: int = 0, method: Any = "adamw") -> checkpoint.State:
     """Return a state after so many updates on made-up pictures."""
     network = build(MODEL, seed).to(memory_format=torch.channels_last)
-    state = checkpoint.State(network, make_optimizer(network, OptimizerConfig()), Ema(network, 0.9))
+    state = checkpoint.State(network, make_optimizers(network, OptimizerConfig(method=method)), Ema(network, 0.9))
     for _ in range(step):
         update(state)
     return state
@@ -38,8 +39,9 @@ def update(state: checkpoint.State) -> None:
     images = torch.randn(4, 3, *SIZE, generator=torch.Generator().manual_seed(state.step))
     state.network.train()
     state.network(images).square().mean().backward()
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    for optimizer in state.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     state.step += 1
     assert state.ema is not None
     state.ema.update(state.network, state.step)
@@ -50,13 +52,15 @@ def tensors_of(state: checkpoint.State) -> dict[str, Tensor]:
     tensors = {f"network {name}": tensor for name, tensor in state.network.state_dict().items()}
     tensors |= {f"average {name}": tensor for name, tensor in state.ema.network.state_dict().items()}
     names = {id(parameter): name for name, parameter in state.network.named_parameters()}
-    for parameter, kinds in state.optimizer.state.items():
-        tensors |= {f"optimizer {names[id(parameter)]} {kind}": tensor for kind, tensor in kinds.items()}
+    for optimizer in state.optimizers:
+        for parameter, kinds in optimizer.state.items():
+            tensors |= {f"optimizer {names[id(parameter)]} {kind}": tensor for kind, tensor in kinds.items()}
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def test_round_trip_is_bit_equal_and_goes_on_alike(tmp_path: Path):
-    state = state_at(2)
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_round_trip_is_bit_equal_and_goes_on_alike(method: str, tmp_path: Path):
+    state = state_at(2, method=method)
     state.history = [{"epoch": 0.5, "train_loss": 0.1 + 0.2}]
     state.elapsed_s, state.loss_sum, state.num_losses = 1.5, 1 / 3, 7
     state.best_top1_percent, state.best_epoch, state.warmup_share = 200 / 3, 0.25, 0.125
@@ -64,7 +68,7 @@ def test_round_trip_is_bit_equal_and_goes_on_alike(tmp_path: Path):
     folder = checkpoint.save(tmp_path, state)
     assert folder.name == "step-00000002"
 
-    found = state_at(0, seed=1)
+    found = state_at(0, seed=1, method=method)
     assert checkpoint.find_newest(tmp_path) == (folder, [])
     checkpoint.load(folder, found)
     assert_equal(tensors_of(found), tensors_of(state))
@@ -77,7 +81,7 @@ def test_round_trip_is_bit_equal_and_goes_on_alike(tmp_path: Path):
 
 def test_every_number_of_the_state_is_saved():
     """A field that is added to State and forgotten here would make a resumed run another one."""
-    fields = set(vars(state_at(0))) - {"network", "optimizer", "ema"}
+    fields = set(vars(state_at(0))) - {"network", "optimizers", "ema"}
     assert set(state_at(0).numbers()) == fields
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from coatnet import zoo
 from coatnet.config import ModelConfig, Size
-from coatnet.errors import ConfigError
+from coatnet.errors import ConfigError, name_hint
 
 if TYPE_CHECKING:
     from coatnet.model.network import CoAtNet
@@ -49,11 +48,7 @@ def model_config(
     known = [field.name for field in fields(ModelConfig)]
     for key in overrides:
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            raise ConfigError(
-                f"create_model has no setting '{key}'."
-                + (f" Did you mean '{near[0]}'?" if near else f" There are: {', '.join(known)}.")
-            )
+            raise ConfigError(f"create_model has no setting '{key}'. {name_hint(key, known)}")
     size = row.image_size if image_size is None else image_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     plain = {key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()}

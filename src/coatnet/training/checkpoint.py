@@ -7,6 +7,7 @@ a manifest with every file's SHA-256. A damaged checkpoint is passed over for th
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class State:
     """Everything that moves while training; the draws need no place here, since they follow from the step."""
 
     network: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: Sequence[torch.optim.Optimizer]  # each parameter that learns is in one
     ema: Ema | None
     step: int = 0  # updates done
     elapsed_s: float = 0.0  # of training, over all its pieces
@@ -44,7 +45,7 @@ class State:
         return {name: getattr(self, name) for name in _NUMBERS}
 
 
-_NUMBERS = tuple(item.name for item in fields(State) if item.name not in ("network", "optimizer", "ema"))
+_NUMBERS = tuple(item.name for item in fields(State) if item.name not in ("network", "optimizers", "ema"))
 
 
 def save(run: Path, state: State) -> Path:
@@ -96,20 +97,29 @@ def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(state: State) -> dict[str, Tensor]:
-    """Return the optimizer's tensors as "parameter/kind"; parameters that do not learn have none."""
+    """Return the optimizers' tensors as "parameter/kind"; parameters that do not learn have none."""
     return {
         f"{name}/{kind}": tensor.detach().contiguous()
-        for name, parameter in state.network.named_parameters()
-        for kind, tensor in state.optimizer.state.get(parameter, {}).items()
+        for name, (_, tensors) in _moments(state).items()
+        for kind, tensor in tensors.items()
     }
 
 
 def _load_optimizer(tensors: dict[str, Tensor], state: State) -> None:
-    parameters = dict(state.network.named_parameters())
+    moments = _moments(state)
     for key, tensor in tensors.items():
         name, kind = key.rsplit("/", 1)
-        parameter = parameters[name]
+        parameter, place = moments[name]
         # Same place as the parameter and, what has its shape, the same memory layout.
         like = parameter if tensor.shape == parameter.shape else tensor
-        place = torch.empty_like(like, dtype=tensor.dtype, device=parameter.device)
-        state.optimizer.state[parameter][kind] = place.copy_(tensor)
+        place[kind] = torch.empty_like(like, dtype=tensor.dtype, device=parameter.device).copy_(tensor)
+
+
+def _moments(state: State) -> dict[str, tuple[nn.Parameter, dict[str, Tensor]]]:
+    """Return by name each parameter that learns and what its optimizer keeps for it, nothing before the first step."""
+    homes = {id(p): optimizer for optimizer in state.optimizers for g in optimizer.param_groups for p in g["params"]}
+    return {
+        name: (parameter, homes[id(parameter)].state[parameter])
+        for name, parameter in state.network.named_parameters()
+        if id(parameter) in homes
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields, replace
-from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from coatnet import recipes, zoo
 from coatnet.classifier import load
 from coatnet.config import ModelConfig, OptimizerConfig, Size, TrainConfig
 from coatnet.data.sources import measure, open_data
-from coatnet.errors import ConfigError
+from coatnet.errors import ConfigError, name_hint
 from coatnet.layout import count
 from coatnet.ranks import find_device
 
@@ -179,5 +179,4 @@ def _place_of(name: str, config: TrainConfig) -> str:
     for part, known in names.items():
         if name in known:
             return part
-    near = get_close_matches(name, [known for part in names.values() for known in part], n=1)
-    raise ConfigError(f"There is no setting '{name}'." + (f" Did you mean '{near[0]}'?" if near else ""))
+    raise ConfigError(f"There is no setting '{name}'. {name_hint(name, chain.from_iterable(names.values()))}")

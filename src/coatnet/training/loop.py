@@ -26,7 +26,7 @@ from coatnet.training import checkpoint, run_folder
 from coatnet.training.ema import Ema
 from coatnet.training.finish import Result, finish
 from coatnet.training.losses import loss_of, soft_targets
-from coatnet.training.optimizer import learning_rate, make_optimizer, set_rate
+from coatnet.training.optimizer import learning_rate, make_optimizers, set_rate
 from coatnet.training.run import Progress, Run, Update
 from coatnet.training.start import build, freeze, initialise, to_train_mode
 
@@ -66,7 +66,7 @@ def _set_up(config: TrainConfig, ranks: Ranks, resumes: bool, progress: Progress
     if config.freeze:
         freeze(network, config.freeze)
     ema = Ema(network, config.ema_decay) if config.ema_decay is not None else None
-    state = checkpoint.State(network, make_optimizer(network, config.optimizer), ema)
+    state = checkpoint.State(network, make_optimizers(network, config.optimizer), ema)
     if found is not None:
         checkpoint.load(found, state)
     if resumes:
@@ -182,7 +182,7 @@ def _step(run: Run, batch: Batch) -> None:
     """Update the weights once from this rank's share of one global batch."""
     config, state = run.config, run.state
     run.rate = _next_rate(run)
-    set_rate(state.optimizer, run.rate)
+    set_rate(state.optimizers, run.rate)
     to_train_mode(run.network, config.freeze)
     loss_sum = torch.zeros((), device=run.ranks.device)
     micro_batches = list(batch.split(config.microbatch_size or len(batch)))
@@ -195,8 +195,9 @@ def _step(run: Run, batch: Batch) -> None:
     run.unread.append(Update(state.step, run.rate, run.ranks.sum(loss_sum) / run.ranks.size, grad_norm))
     if run.ranks.device.type == "cpu" or len(run.unread) >= NUM_UNREAD:
         _read_losses(run)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    for optimizer in state.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     state.step += 1
     if state.ema is not None:
         state.ema.update(run.network, state.step)
