@@ -33,12 +33,17 @@ class RelativeBias(nn.Module):
         """Return the bias of query i and key j, P[i - j]: grid (H, W) -> (M, N, N)."""
         height, width = grid
         size = (2 * height - 1, 2 * width - 1)
-        table = self.table
-        if table.shape[1:] != size:
-            table = F.interpolate(table[None], size=size, mode="bilinear", align_corners=False)[0]
+        table = resize_table(self.table, size)
         # Windows of the table: [m, i, j, a, b] = P[i + a, j + b]; a counts key rows from the last, so flip it.
         windows = table.unfold(1, height, 1).unfold(2, width, 1)
         return windows.flip(3, 4).reshape(-1, height * width, height * width)
+
+
+def resize_table(table: Tensor, size: Size) -> Tensor:
+    """Interpolate a bias table bilinearly where its size is another (A.1): (M, 2H-1, 2W-1) -> (M, *size)."""
+    if table.shape[1:] == size:
+        return table
+    return F.interpolate(table[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 class AttentionWeights(nn.Module):

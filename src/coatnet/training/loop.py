@@ -132,12 +132,12 @@ def _train_to_end(run: Run) -> bool:
             run.look_at_clock()
             run.tell()
             done = run.progress() >= 1.0
-            if run.epoch >= next_evaluation or done:
-                _evaluate(run)
-                next_evaluation = _next_evaluation(run)
-                done = done or _is_stale(run)
+            is_due = done or run.epoch >= next_evaluation
+            has_improved = is_due and _evaluate(run)
+            next_evaluation = _next_evaluation(run)
+            done = done or _is_stale(run)
             stop = run.ranks.any(bool(asked))
-            if stop and not done and not _keeps_best(run):
+            if has_improved if _keeps_best(run) else is_due or stop:
                 _save_model(run)
             if done or stop or run.state.elapsed_s - saved_s > run.config.checkpoint_interval_s:
                 _save(run)
@@ -255,10 +255,10 @@ def _read_losses(run: Run) -> None:
     run.unread.clear()
 
 
-def _evaluate(run: Run) -> None:
-    """Add a row to the history, and leave the model as it is now where it is the best or the last."""
+def _evaluate(run: Run) -> bool:
+    """Add a row to the history; return whether validation found more right than ever before."""
     _read_losses(run)
-    state = run.state
+    state, best_before = run.state, run.state.best_top1_percent
     row: dict[str, Any] = {
         "step": state.step,
         "epoch": round(run.epoch, 6),
@@ -268,13 +268,12 @@ def _evaluate(run: Run) -> None:
     state.loss_sum, state.num_losses = 0.0, 0
     if run.data.val is not None:
         row |= _validate(run, run.data.val)
-    if not _keeps_best(run) or row["epoch"] == state.best_epoch:
-        _save_model(run)
     state.history.append(row)
     run.look_at_clock()
     if run.ranks.is_first:
         run_folder.write_history(Path(run.config.out), state.history)
         run.tell(_in_words(row))
+    return state.best_top1_percent != best_before
 
 
 def _validate(run: Run, val: ImageSet) -> dict[str, float]:

@@ -8,11 +8,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from coatnet.classifier import load
 from coatnet.config import ModelConfig
 from coatnet.errors import ModelFileError
+from coatnet.model.attention import resize_table
 from coatnet.model.network import CoAtNet
 
 STAGES = ("s0", "s1", "s2", "s3", "s4")
@@ -57,7 +57,8 @@ def initialise(network: CoAtNet, source: Path, labels: tuple[str, ...]) -> list[
     tables = [name for name in wanted if name.endswith("bias.table") and name in found]
     resized = [name for name in tables if found[name].shape[1:] != wanted[name].shape[1:]]
     for name in resized:
-        found[name] = resize_table(found[name], wanted[name].shape[1:])
+        height, width = wanted[name].shape[1:]
+        found[name] = resize_table(found[name], (height, width))
     if resized:
         notes.append(f"{len(resized)} bias tables were interpolated to {network.config.image_size} px")
     bad = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
@@ -71,11 +72,6 @@ def initialise(network: CoAtNet, source: Path, labels: tuple[str, ...]) -> list[
         )
     network.load_state_dict(found)
     return notes
-
-
-def resize_table(table: Tensor, size: torch.Size) -> Tensor:
-    """Interpolate a bias table bilinearly: (M, 2H-1, 2W-1) -> (M, *size)."""
-    return F.interpolate(table[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
 def freeze(network: CoAtNet, last_stage: str) -> None:
