@@ -1,14 +1,14 @@
-# Everything runs in .venv at the root, made on first use and made anew when the pinned versions change.
+# Everything runs in .venv at the root, made on first use and made anew when Python or the pinned versions change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+READY := $(VENV)/.ready-$(shell ($(PYTHON) --version; cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f1)
 DEMO := demo
 
 .PHONY: demo test test-slow check format clean
 
 $(READY):
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python --version 2>&1 | grep -qxF "$$($(PYTHON) --version)" || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	rm -f $(VENV)/.ready-*
 	touch $@

@@ -227,7 +227,7 @@ class PreprocessingConfig(Config):
 class AugmentConfig(Config):
     """What training does to a picture. Source: Table 10; "pad" and the rates of flip and erase are ours."""
 
-    crop: Literal["random_resized", "pad", "resize"] = "random_resized"  # "pad": by a twelfth, then a random crop
+    crop: Literal["random_resized", "pad", "resize"] = "random_resized"  # "pad": shifted by a px or two
     crop_min_scale: float = 0.08  # of the area, for "random_resized"
     flip_rate: float = 0.5
     randaugment_ops: int = 0

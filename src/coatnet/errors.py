@@ -31,7 +31,7 @@ class ModelFileError(CoatnetError):
 
 
 class TrainingError(CoatnetError):
-    """A training run that cannot start or go on: the loss is not finite, or the run folder is in use."""
+    """A training run that cannot start or go on: the loss is not finite, or the run folder holds something else."""
 
 
 def name_hint(met: str, known: Iterable[str]) -> str:

@@ -195,7 +195,7 @@ RECIPES = {
             ours=True,
             augment=AugmentConfig(crop="pad"),
             fit="resize",
-            optimizer=OptimizerConfig(method="muon", peak_lr=2e-3, min_lr=1e-5, warmup_steps=100, weight_decay=0.3),
+            optimizer=OptimizerConfig(method="muon", peak_lr=2e-3, min_lr=1e-5, warmup_steps=100, weight_decay=0.05),
             label_smoothing=0.1,
             num_epochs=20,
             global_batch_size=256,

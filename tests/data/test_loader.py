@@ -134,22 +134,17 @@ def test_split_cuts_a_batch_in_order(images):
     assert torch.equal(torch.cat([part.positions for part in parts]), batch.positions)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3])
-def test_evaluation_shows_each_readable_picture_once(holed, num_ranks):
-    preprocessing = Preprocessing(PREPROCESSING)
-    shown, bad = list[int](), dict[str, str]()
-    for rank in range(num_ranks):
-        evaluation = EvaluationLoader(holed, preprocessing, batch_size=3, rank=rank, num_ranks=num_ranks)
-        for batch in evaluation:
-            assert len(batch) <= 3
-            for picture, index, target in zip(batch.images, batch.positions.tolist(), batch.targets, strict=True):
-                assert index % num_ranks == rank
-                assert torch.equal(picture, preprocessing(holed.read(index)))
-                assert target == holed.targets[index]
-                shown.append(index)
-        bad |= evaluation.bad_images
-    assert sorted(shown) == [0, 1, 2, 5, 6, 7, 8, 9]
-    assert sorted(bad) == ["ant/003.png", "ant/004.png", "bee/005.png"]
+def test_evaluation_shows_each_readable_picture_once(holed):
+    preprocessing, shown = Preprocessing(PREPROCESSING), list[int]()
+    evaluation = EvaluationLoader(holed, preprocessing, batch_size=3)
+    for batch in evaluation:
+        assert len(batch) <= 3
+        for picture, index, target in zip(batch.images, batch.positions.tolist(), batch.targets, strict=True):
+            assert torch.equal(picture, preprocessing(holed.read(index)))
+            assert target == holed.targets[index]
+            shown.append(index)
+    assert shown == [0, 1, 2, 5, 6, 7, 8, 9]
+    assert sorted(evaluation.bad_images) == ["ant/003.png", "ant/004.png", "bee/005.png"]
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ class TrainLoader:
 
 
 class EvaluationLoader:
-    """Preprocessed batches of every picture once, in order; rank r of W takes the pictures r, r + W, r + 2W, ..."""
+    """Preprocessed batches of every picture once, in order."""
 
     def __init__(
         self,
@@ -96,13 +96,11 @@ class EvaluationLoader:
         *,
         batch_size: int,
         num_workers: int = 0,
-        rank: int = 0,
-        num_ranks: int = 1,
     ) -> None:
         self.num_workers = num_workers
         self.bad_images: dict[str, str] = {}  # name -> what was met; these pictures are left out
-        self._starts = range(rank, len(image_set), num_ranks * batch_size)
-        self._maker = _EvaluationMaker(image_set, preprocessing, batch_size, num_ranks)
+        self._starts = range(0, len(image_set), batch_size)
+        self._maker = _EvaluationMaker(image_set, preprocessing, batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return _run(self._maker, self._starts, self.num_workers, self.bad_images)
@@ -203,12 +201,11 @@ class _EvaluationMaker:
     image_set: ImageSet
     preprocessing: Preprocessing
     batch_size: int
-    num_ranks: int
 
     def __getitem__(self, start: int, /) -> _Made:
-        stop = min(len(self.image_set), start + self.batch_size * self.num_ranks)
+        stop = min(len(self.image_set), start + self.batch_size)
         images, taken, bad = list[Tensor](), list[int](), dict[str, str]()
-        for index in range(start, stop, self.num_ranks):
+        for index in range(start, stop):
             try:
                 images.append(self.preprocessing(self.image_set.read(index)))
                 taken.append(index)

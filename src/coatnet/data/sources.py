@@ -64,7 +64,7 @@ def _open_parts(data: str | Path) -> Mapping[str, ImageSet]:
 
 
 def measure(images: ImageSet, *, limit: int = 200, seed: int = 0) -> tuple[int, int]:
-    """Return the median (height, width) in px of at most `limit` pictures, drawn by seed, from their headers alone.
+    """Return the median (height, width) in px of at most `limit` pictures, drawn by seed, without decoding them.
 
     Raises: DataError if none of them can be read.
     """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from coatnet.classifier import Classifier, Prediction, load
@@ -36,7 +37,16 @@ def evaluate_run(
         raise ConfigError(f"The batch size is {batch_size}, workers are {num_workers}. Give 1 or more, and 0 or more.")
     classifier = load(run, device=find_device(device))
     name, image_set = _choose_part(run, data, part)
-    outcome = evaluate(classifier, image_set, batch_size=batch_size, num_workers=num_workers)
+    stderr = Console(stderr=True)
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task("looking", total=len(image_set))
+        outcome = evaluate(
+            classifier,
+            image_set,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            progress=lambda num_done: bar.update(task, completed=num_done),
+        )
     return summarise(outcome), name, outcome.bad_images
 
 

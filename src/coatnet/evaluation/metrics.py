@@ -122,9 +122,9 @@ def evaluate(
     *,
     batch_size: int = 256,
     num_workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Ask the classifier about every picture of a set; `progress` hears (pictures done, pictures in all).
+    """Ask the classifier about every picture of a set; `progress` hears how many are done.
 
     Raises: DataError if the set's classes are not the model's, or no picture can be read. Their order may differ.
             ModelFileError if the model's answers are not finite numbers.
@@ -139,7 +139,7 @@ def evaluate(
         positions.append(batch.positions.numpy())
         done += len(batch)
         if progress is not None:
-            progress(done, len(image_set))
+            progress(done)
     if not done:
         first = next(iter(loader.bad_images.values()), "it is empty")
         raise DataError(f"None of the set's {len(image_set)} pictures can be read. The first: {first}")

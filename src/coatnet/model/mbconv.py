@@ -22,8 +22,9 @@ class SqueezeExcite(nn.Module):
         self.expand = nn.Conv2d(squeezed_dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.expand(self.act(self.reduce(x.mean(dim=(2, 3), keepdim=True))))
-        return x * gate.sigmoid()
+        # The mean's gradient takes the order of the dimensions it is given; in that of channels_last it is x's own.
+        mean = x.permute(0, 2, 3, 1).mean(dim=(1, 2), keepdim=True).permute(0, 3, 1, 2)
+        return x * self.expand(self.act(self.reduce(mean))).sigmoid()
 
 
 class MBConv(nn.Module):

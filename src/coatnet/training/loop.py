@@ -248,7 +248,7 @@ def _read_losses(run: Run) -> None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"Step {update.step}: the loss is {loss:.4g} at rate {update.rate:.3g}, gradient norm {norm:.4g}. "
-                "Lower the peak rate (--peak-lr) or train in fp32; the last checkpoint is from before."
+                "Lower the peak rate (--peak-lr) or train in fp32, and begin anew (--overwrite)."
             )
         run.state.loss_sum += loss
         run.state.num_losses += 1

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from coatnet.config import OptimizerConfig
 
 MUON_MOMENTUM = 0.95
-MUON_RMS = 1.2  # of an update in units of the rate; 0.2, AdamW's own, learns slower in short runs (docs/log.md)
+MUON_RMS = 0.2  # of an update in units of the rate, about AdamW's own
+MUON_RATE = 6.0  # times the rate of AdamW's parameters; 1 learns slower in short runs (docs/log.md)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0, so that few steps do
 NUM_NEWTON_SCHULZ_STEPS = 3
 
@@ -40,7 +41,7 @@ class Muon(Optimizer):
                 if parameter.grad is not None:
                     same_shape[tuple(parameter.shape)].append(parameter)
             for parameters in same_shape.values():
-                self._step(parameters, group["lr"], group["weight_decay"])
+                self._step(parameters, MUON_RATE * group["lr"], group["weight_decay"])
 
     def _step(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         """Update parameters of one shape."""
