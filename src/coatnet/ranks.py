@@ -69,10 +69,10 @@ class Ranks:
         if self.size == 1:
             return network
         devices = [self.device] if self.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
         # Statistics need no exchange: training looks at each rank's own batch, and rank 0's are the ones written.
-        return DistributedDataParallel(
-            network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        wrapped.broadcast_buffers = False  # the argument's name differs between versions of torch, this one does not
+        return wrapped
 
     def hold_gradients(self, network: nn.Module, hold: bool) -> AbstractContextManager[None]:
         """Keep gradients local while `hold`: all but the last microbatch of an update need no exchange."""

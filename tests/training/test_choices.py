@@ -15,6 +15,7 @@ from coatnet.cli import TrainFlags
 from coatnet.config import PreprocessingConfig, TrainConfig
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import ConfigError, DataError
+from coatnet.recipes import RECIPES
 from coatnet.training import choices
 from coatnet.training.choices import choose_config
 from coatnet.training.start import build
@@ -268,3 +269,15 @@ def test_the_networks_are_those_of_the_zoo(folders: dict[str, Path]):
     config, _ = choose(folders["28"], model="coatnet_tiny")
     want = replace(zoo.find("coatnet_tiny").config, num_classes=3, image_size=(28, 28))
     assert config.model == want
+
+
+def test_the_rate_follows_the_batch_by_its_square_root(folders: dict[str, Path]):
+    own = RECIPES["tiny_pictures"]
+    for share in (0.25, 1, 4):
+        config, reasons = choose(folders["28"], global_batch_size=int(own.global_batch_size * share))
+        assert config.optimizer.peak_lr == pytest.approx(own.optimizer.peak_lr * share**0.5, rel=0.02)
+        assert ("peak rate" in "".join(reasons)) == (share != 1)
+    config, _ = choose(folders["28"], global_batch_size=16, peak_lr=0.004)
+    assert config.optimizer.peak_lr == 0.004, "what is given is never overruled"
+    config, _ = choose(folders["28"], global_batch_size=16, recipe="imagenet_1k", model="coatnet_0")
+    assert config.optimizer.peak_lr == 1e-3, "the paper's recipes stay as they are"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import fields, replace
 from itertools import chain
@@ -41,11 +42,13 @@ def choose_config(data: str, out: str, given: dict[str, Any]) -> tuple[TrainConf
     image_size = given.pop("image_size", None) or _choose_size(median, device.type, reasons)
     model = _choose_model(given.pop("model", None), given.get("init"), image_size, device.type, reasons)
     recipe = recipes.find(given.pop("recipe", None) or _choose_recipe(image_size, bool(given.get("init")), reasons))
-    recipe = replace(recipe, global_batch_size=given.get("global_batch_size", recipe.global_batch_size))
+    own_batch = recipe.global_batch_size
+    recipe = replace(recipe, global_batch_size=given.get("global_batch_size", own_batch))
     model = replace(model, num_classes=len(pictures.class_names), image_size=image_size)
     settings = recipe.settings(model, image_size, num_images)
     if recipe.ours:
         settings |= _choose_length(num_images, device.type, settings, given, reasons)
+        settings["optimizer"] = _fit_rate(own_batch, settings, given, reasons)
     settings["optimizer"] = _fit_warmup(num_images, settings | given, settings["optimizer"], reasons)
     if given.get("freeze") and not given.get("init"):
         reasons.append(f"freeze {given['freeze']} without --init: weights that were never trained stay as they are")
@@ -128,6 +131,16 @@ def _choose_length(
         "global_batch_size": batch,
         "evaluation_interval_epochs": interval,
     }
+
+
+def _fit_rate(own_batch: int, settings: dict[str, Any], given: dict[str, Any], reasons: list[str]) -> OptimizerConfig:
+    """Scale a recipe's rate to another batch than its own by the square root, as the noise of the gradient scales."""
+    batch, optimizer = settings["global_batch_size"], settings["optimizer"]
+    if batch == own_batch or "peak_lr" in given:
+        return optimizer
+    peak_lr = float(f"{optimizer.peak_lr * math.sqrt(batch / own_batch):.2g}")
+    reasons.append(f"peak rate {peak_lr:g}: the recipe's {optimizer.peak_lr:g} is for batch {own_batch}")
+    return replace(optimizer, peak_lr=peak_lr, min_lr=min(optimizer.min_lr, peak_lr))
 
 
 def _fit_warmup(
