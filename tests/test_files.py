@@ -10,6 +10,8 @@ import pytest
 from coatnet.errors import ModelFileError
 from coatnet.files import MANIFEST, new_folder, read_json, sha256_of, verify_folder, write_atomic, write_json
 
+NEEDED = ("a.bin", "sub/b.txt")
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -56,7 +58,7 @@ def test_json_that_is_missing_or_broken(tmp_path: Path):
 
 def test_new_folder_lists_every_file(folder: Path):
     assert set(read_json(folder / MANIFEST)["sha256"]) == {"a.bin", "sub/b.txt"}
-    verify_folder(folder)
+    verify_folder(folder, NEEDED)
 
 
 def test_new_folder_replaces_the_old_one_whole(folder: Path):
@@ -70,9 +72,14 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one(folder: Path):
     with pytest.raises(RuntimeError), new_folder(folder) as aside:  # noqa: PT012
         (aside / "half.txt").write_text("half")
         raise RuntimeError
-    verify_folder(folder)
+    verify_folder(folder, NEEDED)
     assert not (folder / "half.txt").exists()
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_what_is_needed_must_be_listed(folder: Path):
+    with pytest.raises(ModelFileError, match=r"does not list c\.bin"):
+        verify_folder(folder, ("a.bin", "c.bin"))
 
 
 def test_every_single_flipped_bit_is_noticed(folder: Path):
@@ -84,19 +91,19 @@ def test_every_single_flipped_bit_is_noticed(folder: Path):
             damaged[position // 8] ^= 1 << position % 8
             file.write_bytes(damaged)
             with pytest.raises(ModelFileError):
-                verify_folder(folder)
+                verify_folder(folder, NEEDED)
         file.write_bytes(whole)
-    verify_folder(folder)
+    verify_folder(folder, NEEDED)
 
 
 def test_a_missing_file_is_named(folder: Path):
     (folder / "a.bin").unlink()
     with pytest.raises(ModelFileError, match=r"a\.bin is missing"):
-        verify_folder(folder)
+        verify_folder(folder, NEEDED)
 
 
-@pytest.mark.parametrize("manifest", [[], {}, {"sha256": {}}, {"sha256": ["a.bin"]}, None])
+@pytest.mark.parametrize("manifest", [[], {}, {"sha256": ["a.bin"]}, None])
 def test_a_manifest_that_lists_nothing_vouches_for_nothing(folder: Path, manifest: object):
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ModelFileError, match="lists no files"):
-        verify_folder(folder)
+        verify_folder(folder, NEEDED)

@@ -128,7 +128,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
     Raises: ModelFileError if it is missing, damaged, of a newer format, or its parts do not fit each other.
     """
     folder = _find_model(Path(path))
-    verify_folder(folder)
+    verify_folder(folder, (WEIGHTS, CARD))
     card = _read_card(folder / CARD)
     try:
         with torch.random.fork_rng(devices=[]):  # the start values are drawn and thrown away: leave no trace

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,15 +85,18 @@ def new_folder(path: Path) -> Generator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def verify_folder(path: Path) -> None:
-    """Check every file of a folder against its manifest.
+def verify_folder(path: Path, needed: Iterable[str]) -> None:
+    """Check every file of a folder against its manifest, which must list those needed.
 
     Raises: ModelFileError naming the first file that is missing or was changed, the manifest itself included.
     """
     manifest = read_json(path / MANIFEST)
     hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
-    if not isinstance(hashes, dict) or not hashes:  # else a manifest that lost its list would vouch for anything
+    if not isinstance(hashes, dict):
         raise ModelFileError(f"{path}: {MANIFEST} is damaged (it lists no files). Copy the folder again.")
+    unlisted = [name for name in needed if name not in hashes]
+    if unlisted:  # else a manifest that lost a line would vouch for anything
+        raise ModelFileError(f"{path}: {MANIFEST} does not list {unlisted[0]}. Copy the folder again.")
     for name, want in hashes.items():
         file = path / name
         if not file.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ import torch
 from coatnet.classifier import load
 from coatnet.config import OptimizerConfig, PreprocessingConfig
 from coatnet.data import fashion_mnist
-from coatnet.errors import ConfigError, TrainingError
+from coatnet.errors import BadImageError, ConfigError, TrainingError
 from coatnet.training import checkpoint, loop, run
 from coatnet.training.loop import train
 from coatnet.training.run import Tick
@@ -344,11 +345,26 @@ def test_without_holdout_it_trains_on_everything(pictures: Path, tmp_path: Path)
     assert not (tmp_path / "run" / "report.html").exists()
 
 
-def test_bad_files_are_counted_and_outlive_an_interruption(pictures: Path, tmp_path: Path):
+def test_an_interrupted_run_does_not_look_at_the_test_part(pictures: Path, tmp_path: Path):
     data = tmp_path / "pictures"
-    for file in sorted(pictures.glob("*/*.png")):
-        (data / file.parent.name).mkdir(parents=True, exist_ok=True)
-        (data / file.parent.name / file.name).write_bytes(file.read_bytes())
+    for part in ("train", "test"):
+        shutil.copytree(pictures, data / part)
+    config = config_of(data, tmp_path / "run")
+    stopped = train(config, progress=stop_after(6, lambda: signal.raise_signal(signal.SIGINT)))
+    assert (stopped.was_interrupted, stopped.part) == (True, "val")
+    assert train(config, start="resume").part == "test"
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_one_bad_file_stops_where_that_is_asked(part: str, pictures: Path, tmp_path: Path):
+    data = shutil.copytree(pictures, tmp_path / "pictures")
+    (data / json.loads(_split_of(data, tmp_path))[part][0]).write_bytes(b"not a picture")
+    with pytest.raises(BadImageError, match="not a picture of a known kind"):
+        train(config_of(data, tmp_path / "run", on_bad_image="stop"))
+
+
+def test_bad_files_are_counted_and_outlive_an_interruption(pictures: Path, tmp_path: Path):
+    data = shutil.copytree(pictures, tmp_path / "pictures")
     split = json.loads(_split_of(data, tmp_path))
     (data / split["train"][0]).write_bytes(b"not a picture")
     (data / split["val"][0]).write_bytes(b"nor this")
@@ -357,7 +373,7 @@ def test_bad_files_are_counted_and_outlive_an_interruption(pictures: Path, tmp_p
         train(config, progress=stop_after(6, pull_the_plug))
     newest, _ = checkpoint.find_newest(tmp_path / "run")
     assert newest is not None
-    assert list(json.loads((newest / "state.json").read_text())["bad_images"]) == [split["train"][0]]
+    assert set(json.loads((newest / "state.json").read_text())["bad_images"]) == {split["train"][0], split["val"][0]}
     assert train(config, start="resume").num_bad_images == 2
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert set(evaluation["bad_images"]) == {split["train"][0], split["val"][0]}

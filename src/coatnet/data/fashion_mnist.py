@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import os
 import urllib.request
 import zlib
@@ -59,7 +60,7 @@ def _fetch(name: str, folder: Path) -> None:
         try:
             with urllib.request.urlopen(home + name, timeout=_TIMEOUT_S) as response:
                 content = response.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:  # the latter: cut off in the middle
             met = f"{home}: {getattr(error, 'reason', error)}"
             continue
         if hashlib.sha256(content).hexdigest() == SHA256[name]:

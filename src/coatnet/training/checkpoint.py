@@ -21,6 +21,8 @@ from coatnet.files import new_folder, read_json, verify_folder, write_json
 from coatnet.training.ema import Ema
 
 NUM_KEPT = 2
+NETWORK, OPTIMIZER, AVERAGE = "network.safetensors", "optimizer.safetensors", "ema.safetensors"
+NUMBERS = "state.json"
 
 
 @dataclass
@@ -52,11 +54,11 @@ def save(run: Path, state: State) -> Path:
     """Write a checkpoint of this moment; remove all but the newest few, and those of a future that was given up."""
     folder = run / "checkpoints" / f"step-{state.step:08d}"
     with new_folder(folder) as aside:
-        save_file(_whole(state.network.state_dict()), aside / "network.safetensors")
-        save_file(_optimizer_tensors(state), aside / "optimizer.safetensors")
+        save_file(_whole(state.network.state_dict()), aside / NETWORK)
+        save_file(_optimizer_tensors(state), aside / OPTIMIZER)
         if state.ema is not None:
-            save_file(_whole(state.ema.network.state_dict()), aside / "ema.safetensors")
-        write_json(aside / "state.json", state.numbers())
+            save_file(_whole(state.ema.network.state_dict()), aside / AVERAGE)
+        write_json(aside / NUMBERS, state.numbers())
     others = _newest_first(run)
     here = others.index(folder)
     for old in [*others[:here], *others[here + NUM_KEPT :], *folder.parent.glob(".step-*")]:  # .step-*: half written
@@ -69,7 +71,7 @@ def find_newest(run: Path) -> tuple[Path | None, list[str]]:
     damage: list[str] = []
     for folder in _newest_first(run):
         try:
-            verify_folder(folder)
+            verify_folder(folder, (NETWORK, OPTIMIZER, NUMBERS))
         except ModelFileError as error:
             damage.append(str(error))
         else:
@@ -79,11 +81,11 @@ def find_newest(run: Path) -> tuple[Path | None, list[str]]:
 
 def load(folder: Path, state: State) -> None:
     """Fill `state` from a good checkpoint."""
-    state.network.load_state_dict(load_file(folder / "network.safetensors"))
+    state.network.load_state_dict(load_file(folder / NETWORK))
     if state.ema is not None:
-        state.ema.network.load_state_dict(load_file(folder / "ema.safetensors"))
-    _load_optimizer(load_file(folder / "optimizer.safetensors"), state)
-    numbers = read_json(folder / "state.json")
+        state.ema.network.load_state_dict(load_file(folder / AVERAGE))
+    _load_optimizer(load_file(folder / OPTIMIZER), state)
+    numbers = read_json(folder / NUMBERS)
     for name in _NUMBERS:
         setattr(state, name, numbers[name])
 

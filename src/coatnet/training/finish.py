@@ -7,7 +7,7 @@ from pathlib import Path
 
 from coatnet.classifier import Classifier, load
 from coatnet.data.image_sets import ImageSet
-from coatnet.evaluation.metrics import Outcome, Summary, evaluate, summarise
+from coatnet.evaluation.metrics import Outcome, Summary, summarise
 from coatnet.evaluation.report import write_report
 from coatnet.files import write_json
 from coatnet.layout import count
@@ -31,19 +31,18 @@ class Result:
 def finish(run: Run, was_interrupted: bool) -> Result:
     """Evaluate the model that was kept, on test where there is one, else on val; write report and record.
 
-    Where nothing was set apart there is a record without accuracy, and no report.
+    An interrupted run does not look at test. Where there is nothing to look at there is a record without accuracy,
+    and no report.
     """
     folder = Path(run.config.out)
     classifier = load(folder / "model", device=run.ranks.device)
     bad_images = run.ranks.union(run.loader.bad_images)
-    part = "test" if run.data.test is not None else "val"
-    image_set = run.data.test if run.data.test is not None else run.data.val
+    part = "val" if run.data.test is None or was_interrupted else "test"
+    image_set = run.data.val if part == "val" else run.data.test
     summary: Summary | None = None
     if run.ranks.is_first and image_set is not None:
         run.tell(f"looking at {len(image_set)} {part} pictures")
-        outcome = evaluate(
-            classifier, image_set, batch_size=run.evaluation_batch_size, num_workers=run.config.num_workers
-        )
+        outcome = run.look_at(classifier, image_set)
         summary = summarise(outcome)
         bad_images |= outcome.bad_images
         _write_record(run, part, summary, bad_images)

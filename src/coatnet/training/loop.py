@@ -20,7 +20,7 @@ from coatnet.data.mixing import mix
 from coatnet.data.sources import DataSet, ImageSet, open_data
 from coatnet.data.transforms import Augmentation, Preprocessing
 from coatnet.errors import ConfigError, TrainingError
-from coatnet.evaluation.metrics import evaluate, summarise
+from coatnet.evaluation.metrics import summarise
 from coatnet.ranks import Ranks, join
 from coatnet.training import checkpoint, run_folder
 from coatnet.training.ema import Ema
@@ -280,10 +280,7 @@ def _validate(run: Run, val: ImageSet) -> dict[str, float]:
     """Return what rank 0 finds on the pictures set apart, and note whether it is the best so far."""
     state, figures = run.state, (0.0, 0.0)
     if run.ranks.is_first:
-        outcome = evaluate(
-            run.classifier(), val, batch_size=run.evaluation_batch_size, num_workers=run.config.num_workers
-        )
-        summary = summarise(outcome)
+        summary = summarise(run.look_at(run.classifier(), val))
         figures = (summary.loss, summary.top1_percent)
     loss, top1 = (run.ranks.first_says(figure) for figure in figures)
     if state.best_top1_percent is None or top1 > state.best_top1_percent:

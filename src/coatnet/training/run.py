@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from coatnet.classifier import Classifier
 from coatnet.config import TrainConfig
 from coatnet.data.loader import TrainLoader
-from coatnet.data.sources import DataSet
+from coatnet.data.sources import DataSet, ImageSet
 from coatnet.data.transforms import Preprocessing
+from coatnet.errors import BadImageError
+from coatnet.evaluation.metrics import Outcome, evaluate
 from coatnet.model.network import CoAtNet
 from coatnet.ranks import Ranks
 from coatnet.training.checkpoint import State
@@ -108,6 +110,19 @@ class Run:
             loss=self.config.loss,
             device=self.ranks.device,
         )
+
+    def look_at(self, classifier: Classifier, image_set: ImageSet) -> Outcome:
+        """Ask a classifier about every picture, and note the files that cannot be read.
+
+        Raises: BadImageError if there is such a file and the config says to stop at one.
+        """
+        outcome = evaluate(
+            classifier, image_set, batch_size=self.evaluation_batch_size, num_workers=self.config.num_workers
+        )
+        if outcome.bad_images and self.config.on_bad_image == "stop":
+            raise BadImageError(next(iter(outcome.bad_images.values())))
+        self.loader.bad_images |= outcome.bad_images
+        return outcome
 
     def tell(self, message: str | None = None) -> None:
         """Report where the run stands, with an event in words or without."""
