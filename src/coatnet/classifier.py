@@ -128,11 +128,10 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
     Raises: ModelFileError if it is missing, damaged, of a newer format, or its parts do not fit each other.
     """
     folder = _find_model(Path(path))
-    verify_folder(folder, (WEIGHTS, CARD))
-    card = _read_card(folder / CARD)
+    card, config = _read_card(folder)
     try:
         with torch.random.fork_rng(devices=[]):  # the start values are drawn and thrown away: leave no trace
-            network = CoAtNet(ModelConfig.from_dict(card["model"]))
+            network = CoAtNet(config)
         classifier = Classifier(
             network=network,
             preprocessing=Preprocessing(PreprocessingConfig.from_dict(card["preprocessing"])),
@@ -145,6 +144,11 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
     classifier.device = torch.device(device)
     network.to(classifier.device).eval()
     return classifier
+
+
+def read_model_config(path: str | Path) -> ModelConfig:
+    """Return the config of the network that a run folder or a model folder holds. Raises: as `load`."""
+    return _read_card(_find_model(Path(path)))[1]
 
 
 def _find_model(path: Path) -> Path:
@@ -165,8 +169,10 @@ def _find_model(path: Path) -> Path:
     )
 
 
-def _read_card(path: Path) -> dict[str, Any]:
-    """Read model.json as far as its format and its keys go."""
+def _read_card(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """Check every hash; read model.json as far as its format and its keys go, and the network's config in it."""
+    verify_folder(folder, (WEIGHTS, CARD))
+    path = folder / CARD
     card = read_json(path)
     number = card.get("format") if isinstance(card, dict) else None
     if not isinstance(number, int):
@@ -183,7 +189,10 @@ def _read_card(path: Path) -> dict[str, Any]:
             raise ModelFileError(f"{path}: labels holds {label!r}. Every label must be text.")
     if card["loss"] not in get_args(Loss):
         raise ModelFileError(f"{path}: loss is {card['loss']!r}. It must be one of {', '.join(get_args(Loss))}.")
-    return card
+    try:
+        return card, ModelConfig.from_dict(card["model"])
+    except ConfigError as error:
+        raise ModelFileError(f"{path}: {error}") from None
 
 
 def _weights(network: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Every setting of a network, its pictures and its training, as frozen data that is checked without torch.
 
-A field exists only if a row of the zoo, a recipe or a study varies it. What is off is `None`; derived values are
-properties; a variant is `dataclasses.replace`. `to_dict` and `from_dict` carry the whole config through JSON.
+A field exists only if a row of the zoo, a recipe, a study or a person's own pictures vary it. What is off is `None`;
+derived values are properties; a variant is `dataclasses.replace`. `to_dict` and `from_dict` carry it through JSON.
 """
 
 from __future__ import annotations
@@ -66,13 +66,17 @@ def _to_plain(value: object) -> object:
     return [_to_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
-def _from_plain(value: Any, hint: Any) -> Any:
+def _unwrapped(hint: Any) -> Any:
+    """Return what an annotation allows besides None."""
     if get_origin(hint) in (Union, types.UnionType):
-        if value is None:
-            return None
-        hint = next(part for part in get_args(hint) if part is not type(None))
-    if isinstance(hint, type) and issubclass(hint, Config):
-        return hint.from_dict(value) if isinstance(value, dict) else value
+        return next(part for part in get_args(hint) if part is not type(None))
+    return hint
+
+
+def _from_plain(value: Any, hint: Any) -> Any:
+    kind = _unwrapped(hint)
+    if isinstance(kind, type) and issubclass(kind, Config):
+        return kind.from_dict(value) if isinstance(value, dict) else value
     if isinstance(value, list):
         return tuple(value)
     return value
@@ -80,10 +84,9 @@ def _from_plain(value: Any, hint: Any) -> Any:
 
 def _check_choice(name: str, value: object, hint: Any) -> None:
     """Hold a field to its annotation as far as JSON can break it: choices, numbers, text, truth values."""
-    if get_origin(hint) in (Union, types.UnionType):
-        if value is None:
-            return
-        hint = next(part for part in get_args(hint) if part is not type(None))
+    if value is None and _unwrapped(hint) is not hint:
+        return
+    hint = _unwrapped(hint)
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         _check(value in choices, f"{name} is {value!r}", f"It must be one of {', '.join(map(repr, choices))}")

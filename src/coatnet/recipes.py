@@ -70,9 +70,22 @@ def _pretrain(
 
 
 _FINE_TUNE = OptimizerConfig(peak_lr=5e-5, min_lr=5e-5, schedule="constant", weight_decay=1e-8)
-_CROP, _RESIZE = AugmentConfig(crop="random_resized"), AugmentConfig(crop="resize")
+_CROP, _RESIZE, _PAD = (AugmentConfig(crop=crop) for crop in ("random_resized", "resize", "pad"))
 _1K_DEPTH = {"coatnet_0": 0.2, "coatnet_1": 0.3, "coatnet_2": 0.5, "coatnet_3": 0.7}
 _21K_DEPTH = {"coatnet_2": 0.3, "coatnet_3": 0.5, "coatnet_4": 0.7}
+
+_SMALL_FINETUNE = Recipe(
+    name="small_finetune",
+    for_what="your own pictures, starting from a trained model (--init)",
+    ours=True,
+    augment=replace(_CROP, crop_min_scale=0.5),
+    fit="crop",
+    optimizer=OptimizerConfig(peak_lr=3e-4, min_lr=1e-6, warmup_steps=50, weight_decay=0.01),
+    label_smoothing=0.1,
+    num_epochs=20,
+    global_batch_size=64,
+    ema_decay=0.99,
+)
 
 
 RECIPES = {
@@ -193,7 +206,7 @@ RECIPES = {
             name="tiny_pictures",
             for_what="pictures of up to 40 px, from scratch: shifted and mirrored, never magnified",
             ours=True,
-            augment=AugmentConfig(crop="pad"),
+            augment=_PAD,
             fit="resize",
             optimizer=OptimizerConfig(method="muon", peak_lr=3e-3, min_lr=1e-5, warmup_steps=60, weight_decay=0.05),
             label_smoothing=0.1,
@@ -201,29 +214,13 @@ RECIPES = {
             global_batch_size=512,
             ema_decay=0.995,
         ),
-        Recipe(
-            name="small_finetune",
-            for_what="your own pictures, starting from a trained model (--init)",
-            ours=True,
-            augment=replace(_CROP, crop_min_scale=0.5),
-            fit="crop",
-            optimizer=OptimizerConfig(peak_lr=3e-4, min_lr=1e-6, warmup_steps=50, weight_decay=0.01),
-            label_smoothing=0.1,
-            num_epochs=20,
-            global_batch_size=64,
-            ema_decay=0.99,
-        ),
-        Recipe(
+        _SMALL_FINETUNE,
+        replace(
+            _SMALL_FINETUNE,
             name="tiny_finetune",
             for_what="the same for pictures of up to 40 px",
-            ours=True,
-            augment=AugmentConfig(crop="pad"),
+            augment=_PAD,
             fit="resize",
-            optimizer=OptimizerConfig(peak_lr=3e-4, min_lr=1e-6, warmup_steps=50, weight_decay=0.01),
-            label_smoothing=0.1,
-            num_epochs=20,
-            global_batch_size=64,
-            ema_decay=0.99,
         ),
     )
 }

@@ -103,6 +103,22 @@ def join_heads(x_BMND: Tensor) -> Tensor:
     return x_BMND.transpose(1, 2).flatten(2)
 
 
+def cut_windows(x_BMND: Tensor, grid: Size, side: int) -> Tensor:
+    """Cut the grid into windows of `side` x `side` cells, zeros beyond the edge: (B, M, N, D) -> (B, W, M, S, D)."""
+    rows, columns = (-(-cells // side) for cells in grid)
+    pad = (0, 0, 0, columns * side - grid[1], 0, rows * side - grid[0])
+    x_BMRhCwD = F.pad(x_BMND.unflatten(2, grid), pad).unflatten(3, (columns, side)).unflatten(2, (rows, side))
+    return x_BMRhCwD.permute(0, 2, 4, 1, 3, 5, 6).flatten(4, 5).flatten(1, 2)
+
+
+def join_windows(x_BWMSD: Tensor, grid: Size, side: int) -> Tensor:
+    """Put windows back together and drop what lies beyond the edge: (B, W, M, S, D) -> (B, M, N, D)."""
+    (height, width), (rows, columns) = grid, (-(-cells // side) for cells in grid)
+    x_BRCMhwD = x_BWMSD.unflatten(1, (rows, columns)).unflatten(4, (side, side))
+    x_BMHWD = x_BRCMhwD.permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3)
+    return x_BMHWD[:, :, :height, :width].flatten(2, 3)
+
+
 class WindowAttention(Attention):
     """Attention inside windows that do not overlap; cells beyond the edge are masked. Source: option B, section 2.2."""
 
@@ -111,19 +127,11 @@ class WindowAttention(Attention):
         self.side = side
 
     def mix(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Size) -> Tensor:
-        (height, width), side = grid, self.side
-        rows, columns = -(-height // side), -(-width // side)
-        pad = (0, 0, 0, columns * side - width, 0, rows * side - height)
-
-        def cut(x: Tensor) -> Tensor:
-            """(B, M, N, D) -> (B, windows, M, side*side, D)."""
-            x = F.pad(x.unflatten(2, grid), pad).unflatten(3, (columns, side)).unflatten(2, (rows, side))
-            return x.permute(0, 2, 4, 1, 3, 5, 6).flatten(4, 5).flatten(1, 2)
-
-        inside = cut(q_BMND.new_ones(1, 1, height * width, 1)).bool().transpose(-2, -1)  # (1, windows, 1, 1, keys)
-        mixed = self.weigh(cut(q_BMND), cut(k_BMND), (side, side), inside) @ cut(v_BMND)
-        mixed = mixed.unflatten(1, (rows, columns)).unflatten(4, (side, side)).permute(0, 1, 4, 2, 5, 3, 6)
-        return mixed.flatten(3, 4).flatten(1, 2)[:, :height, :width].flatten(1, 2).flatten(2)
+        side = self.side
+        q_BWMSD, k_BWMSD, v_BWMSD = (cut_windows(x, grid, side) for x in (q_BMND, k_BMND, v_BMND))
+        inside_BWMS1 = cut_windows(q_BMND.new_ones(1, 1, grid[0] * grid[1], 1), grid, side).bool()
+        weights_BWMSS = self.weigh(q_BWMSD, k_BWMSD, (side, side), inside_BWMS1.transpose(-2, -1))
+        return join_heads(join_windows(weights_BWMSS @ v_BWMSD, grid, side))
 
 
 class LinearAttention(Attention):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from coatnet import recipes, zoo
-from coatnet.classifier import load
+from coatnet.classifier import read_model_config
 from coatnet.config import ModelConfig, OptimizerConfig, Size, TrainConfig
 from coatnet.data.sources import measure, open_data
 from coatnet.errors import ConfigError, name_hint
@@ -82,7 +82,7 @@ def _choose_model(name: str | None, init: str | None, image_size: Size, device: 
     if name is not None:
         return zoo.find(name).config
     if init is not None and Path(init).is_dir():
-        config = load(init).network.config
+        config = read_model_config(init)
         reasons.append(f"model {config.name}: that of {init}")
         return config
     if device != "cpu" and min(image_size) >= 160:
