@@ -77,6 +77,7 @@ REFUSALS: list[tuple[Config, dict[str, Any], str, str]] = [  # config, change, w
     (PreprocessingConfig(), {"mean": ("a", 0.5, 0.5)}, "mean is ('a', 0.5, 0.5)", "a list of numbers"),
     (PreprocessingConfig(), {"std": (0.2, 0.2, 0.0)}, "std (0.2, 0.2, 0.0)", "std above 0"),
     (AugmentConfig(), {"crop_min_scale": 0.0}, "crop_min_scale is 0.0", "above 0 and at most 1"),
+    (AugmentConfig(), {"max_shift_ratio": 1.0}, "max_shift_ratio is 1.0", "at least 0 and below 1"),
     (AugmentConfig(), {"randaugment_ops": -1}, "randaugment_ops is -1", "0 or more"),
     (AugmentConfig(), {"randaugment_magnitude": 31.0}, "randaugment_magnitude is 31.0", "10 is the full range"),
     (AugmentConfig(), {"flip_rate": 1.5}, "flip_rate is 1.5", "0 to 1"),

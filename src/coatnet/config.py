@@ -230,8 +230,9 @@ class PreprocessingConfig(Config):
 class AugmentConfig(Config):
     """What training does to a picture. Source: Table 10; "pad" and the rates of flip and erase are ours."""
 
-    crop: Literal["random_resized", "pad", "resize"] = "random_resized"  # "pad": shifted by a px or two
+    crop: Literal["random_resized", "pad", "resize"] = "random_resized"  # "pad": shifted by up to max_shift_ratio
     crop_min_scale: float = 0.08  # of the area, for "random_resized"
+    max_shift_ratio: float = 1 / 12  # of each side, rounded up to px, for "pad"
     flip_rate: float = 0.5
     randaugment_ops: int = 0
     randaugment_magnitude: float = 0.0  # 10 is each operation's full range, as in the reference
@@ -243,6 +244,7 @@ class AugmentConfig(Config):
         _check(
             0 < self.crop_min_scale <= 1, f"crop_min_scale is {self.crop_min_scale}", "It must be above 0 and at most 1"
         )
+        _check_rate("max_shift_ratio", self.max_shift_ratio)
         _check(self.randaugment_ops >= 0, f"randaugment_ops is {self.randaugment_ops}", "It must be 0 or more")
         _check(
             0 <= self.randaugment_magnitude <= 30,
@@ -260,12 +262,12 @@ class OptimizerConfig(Config):
     """AdamW and its schedule. Source: Table 10; Muon is ours."""
 
     method: Literal["adamw", "muon"] = "adamw"  # "muon": orthogonal updates for the weights that mix channels
-    peak_lr: float = 1e-3
+    peak_lr: float = 1e-3  # of AdamW's parameters; Muon's move and decay at six times the rate
     min_lr: float = 1e-5
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0  # linear from 0 to peak_lr
     weight_decay: float = 0.05  # on weights only: never norms, biases or bias tables
-    beta1: float = 0.9
+    beta1: float = 0.9  # both betas are AdamW's
     beta2: float = 0.999
     max_grad_norm: float | None = 1.0
 

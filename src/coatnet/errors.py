@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+NUM_LISTED = 24  # names that a message may list
+
 
 class CoatnetError(Exception):
     """Anything that went wrong for a reason a user can mend."""
@@ -35,7 +37,11 @@ class TrainingError(CoatnetError):
 
 
 def name_hint(met: str, known: Iterable[str]) -> str:
-    """Return "Did you mean 'x'?" for the known name nearest to what was met, or all of them where none is near."""
+    """Return "Did you mean 'x'?" for the known name nearest to what was met, or what there is where none is near."""
     known = list(known)
     near = get_close_matches(met, known, n=1)
-    return f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(known)}."
+    if near:
+        return f"Did you mean '{near[0]}'?"
+    if len(known) > NUM_LISTED:
+        return f"There are {len(known)}, such as {', '.join(known[:6])}."
+    return f"There are: {', '.join(known)}."

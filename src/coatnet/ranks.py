@@ -2,7 +2,8 @@
 
 Under `torchrun` the group is joined from its environment: NCCL for tensors on CUDA, gloo for those on the CPU.
 Gradients are averaged over ranks by DDP. BatchNorm takes its statistics from each rank's own share, and rank 0's
-running statistics are kept. Decisions travel on the CPU, so that no accelerator waits for one.
+running statistics are kept. Weights are not sent again after the start, so ranks must compute alike. Decisions travel
+on the CPU, so that no accelerator waits for one.
 """
 
 from __future__ import annotations

@@ -78,15 +78,15 @@ def test_grey_is_luma_and_a_grey_picture_stays_itself():
 
 @pytest.mark.parametrize("grey", [False, True])
 def test_pad_is_a_zero_padded_random_crop_with_a_flip(grey):
-    image = noise(16, 24, 1) if grey else noise(16, 24, 3)
-    config = PreprocessingConfig(image_size=(16, 24), **(GREY if grey else {}))
-    augment = Augmentation(AugmentConfig(crop="pad"), config)
-    padded = np.pad(image, ((1, 1), (1, 1), (0, 0))).transpose(2, 0, 1)
-    crops = {padded[:, y : y + 16, x : x + 24].tobytes(): (y, x, 0) for y in range(3) for x in range(3)}
-    crops |= {padded[:, y : y + 16, x : x + 24][:, :, ::-1].tobytes(): (y, x, 1) for y in range(3) for x in range(3)}
-    shown = np.broadcast_to(image, (16, 24, 3))
-    met = {crops[augment(shown, draws.generator(0, "augment", 0, p)).numpy().tobytes()] for p in range(300)}
-    assert len(met) == 18, f"{len(met)} of the 18 crops in 300 draws"
+    image = noise(16, 40, 1) if grey else noise(16, 40, 3)
+    config = PreprocessingConfig(image_size=(16, 40), **(GREY if grey else {}))
+    augment = Augmentation(AugmentConfig(crop="pad", max_shift_ratio=1 / 32), config)
+    padded = np.pad(image, ((1, 1), (2, 2), (0, 0))).transpose(2, 0, 1)
+    crops = {padded[:, y : y + 16, x : x + 40].tobytes(): (y, x, 0) for y in range(3) for x in range(5)}
+    crops |= {padded[:, y : y + 16, x : x + 40][:, :, ::-1].tobytes(): (y, x, 1) for y in range(3) for x in range(5)}
+    shown = np.broadcast_to(image, (16, 40, 3))
+    met = {crops[augment(shown, draws.generator(0, "augment", 0, p)).numpy().tobytes()] for p in range(500)}
+    assert len(met) == 30, f"{len(met)} of the 30 crops in 500 draws"
 
 
 @given(height=st.integers(1, 300), width=st.integers(1, 300), position=st.integers(0, 10_000))

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from coatnet.config import TrainConfig
+from coatnet.config import OptimizerConfig, TrainConfig
 from coatnet.data.sources import open_data
 from coatnet.errors import ConfigError
 from coatnet.ranks import Ranks
@@ -42,7 +43,8 @@ def on_two_ranks(config: TrainConfig, tmp_path: Path) -> dict:
     return json.loads((tmp_path / "noted.json").read_text())
 
 
-def test_two_ranks_end_where_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_two_ranks_end_where_one_does(method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The same 12 pictures an update, with mixing, stochastic depth, microbatches, averaging, a bad file on each rank.
 
     LayerNorm stands in for BatchNorm, whose statistics are each rank's own. What follows a clock is on as well: were it
@@ -59,6 +61,7 @@ def test_two_ranks_end_where_one_does(tmp_path: Path, monkeypatch: pytest.Monkey
         tmp_path / "together",
         model=replace(NO_BATCH_NORM, stochastic_depth_rate=0.3),
         augment=AUGMENT,
+        optimizer=OptimizerConfig(method=method, peak_lr=1e-3, warmup_steps=2),
         microbatch_size=2,
         patience_epochs=50,
         max_time_s=1e9,

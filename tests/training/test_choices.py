@@ -179,7 +179,7 @@ def test_none_turns_off(folders: dict[str, Path]):
     ("given", "message"),
     [
         ({"peek_lr": 1.0}, "There is no setting 'peek_lr'. Did you mean 'peak_lr'?"),
-        ({"to_dict": 1}, "There is no setting 'to_dict'"),
+        ({"to_dict": 1}, "There is no setting 'to_dict'. There are "),
         ({"augment": 1}, "There is no setting 'augment'"),
         ({"model": "coatnet_O"}, "There is no model 'coatnet_O'. Did you mean 'coatnet_"),
         ({"recipe": "smal_scratch"}, "Did you mean 'small_scratch'?"),
@@ -277,6 +277,10 @@ def test_the_rate_follows_the_batch_by_its_square_root(folders: dict[str, Path])
         config, reasons = choose(folders["28"], global_batch_size=int(own.global_batch_size * share))
         assert config.optimizer.peak_lr == pytest.approx(own.optimizer.peak_lr * share**0.5, rel=0.02)
         assert ("peak rate" in "".join(reasons)) == (share != 1)
+    config, _ = choose(folders["28"])
+    assert config.global_batch_size < own.global_batch_size, "halved for a small set"
+    share = config.global_batch_size / own.global_batch_size
+    assert config.optimizer.peak_lr == pytest.approx(own.optimizer.peak_lr * share**0.5, rel=0.05)
     config, _ = choose(folders["28"], global_batch_size=16, peak_lr=0.004)
     assert config.optimizer.peak_lr == 0.004, "what is given is never overruled"
     config, _ = choose(folders["28"], global_batch_size=16, recipe="imagenet_1k", model="coatnet_0")

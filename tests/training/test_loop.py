@@ -29,6 +29,7 @@ from training.tiny import AUGMENT, CLASSES, MODEL, NO_BATCH_NORM, SIZE, assert_s
 EVERYTHING: dict[str, Any] = {  # whatever draws or keeps something between updates
     "model": replace(MODEL, stochastic_depth_rate=0.3),
     "augment": AUGMENT,
+    "optimizer": OptimizerConfig(method="muon", peak_lr=1e-3, warmup_steps=2),
     "ema_decay": 0.9,
     "label_smoothing": 0.1,
     "checkpoint_interval_s": 1e-9,
@@ -345,13 +346,16 @@ def test_without_holdout_it_trains_on_everything(pictures: Path, tmp_path: Path)
     assert not (tmp_path / "run" / "report.html").exists()
 
 
-def test_an_interrupted_run_does_not_look_at_the_test_part(pictures: Path, tmp_path: Path):
+@pytest.mark.parametrize(("holdout", "part"), [(10.0, "val"), (None, None)])
+def test_an_interrupted_run_does_not_look_at_the_test_part(
+    holdout: float | None, part: str | None, pictures: Path, tmp_path: Path
+):
     data = tmp_path / "pictures"
-    for part in ("train", "test"):
-        shutil.copytree(pictures, data / part)
-    config = config_of(data, tmp_path / "run")
+    for folder in ("train", "test"):
+        shutil.copytree(pictures, data / folder)
+    config = config_of(data, tmp_path / "run", holdout_percent=holdout)
     stopped = train(config, progress=stop_after(6, lambda: signal.raise_signal(signal.SIGINT)))
-    assert (stopped.was_interrupted, stopped.part) == (True, "val")
+    assert (stopped.was_interrupted, stopped.part) == (True, part)
     assert train(config, start="resume").part == "test"
 
 

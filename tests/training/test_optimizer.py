@@ -106,12 +106,13 @@ def test_settings_reach_the_optimizers():
     assert {group["lr"] for optimizer in (adamw, muon) for group in optimizer.param_groups} == {0.5}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @given(rows=st.integers(1, 48), columns=st.integers(1, 48), seed=st.integers(0, 9))
-def test_orthogonalised_keeps_the_vectors_and_evens_the_values(rows: int, columns: int, seed: int):
+def test_orthogonalised_keeps_the_vectors_and_evens_the_values(dtype: torch.dtype, rows: int, columns: int, seed: int):
     """Against the singular value decomposition in float64: values not tiny come near 1, along the same vectors."""
     matrix = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(seed))
     u, values, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    inside = u.mT @ orthogonalised(matrix).double() @ vh.mT
+    inside = u.mT @ orthogonalised(matrix, dtype).double() @ vh.mT
     relative = values / torch.linalg.vector_norm(values, dim=1, keepdim=True)
     new = inside.diagonal(dim1=1, dim2=2)[relative > 0.05]
     assert new.min() > 0.5, f"{new.min():.3f}"
@@ -133,7 +134,7 @@ def test_muon_against_its_equations(shape: tuple[int, ...]):
         for weight, wanted, momentum in zip(weights, want, momenta, strict=True):
             weight.grad = torch.randn(shape, generator=make)
             momentum.mul_(0.95).add_(weight.grad, alpha=0.05)
-            update = orthogonalised((0.05 * weight.grad + 0.95 * momentum).reshape(1, shape[0], columns))
+            update = orthogonalised((0.05 * weight.grad + 0.95 * momentum).reshape(1, shape[0], columns), torch.float32)
             wanted.mul_(1 - 0.01 * 0.1)
             wanted.sub_(0.01 * MUON_RMS * max(shape[0], columns) ** 0.5 * update.view(shape))
         muon.step()

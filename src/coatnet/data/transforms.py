@@ -75,23 +75,22 @@ class Augmentation:
         return out
 
     def _pad_and_crop(self, image: Pixels, rng: np.random.Generator, flip: bool) -> Tensor:
-        """Shift by up to a px for every 32 of a side, black beyond the border: a padded random crop without the pad."""
+        """Shift by up to a share of each side, black beyond the border: a padded random crop without the pad."""
         h, w = self.size
         if image.shape[:2] != self.size:
             image = cast(Pixels, _resize(_to_tensor(image, self.channels), self.size).permute(1, 2, 0).numpy())
         draws = rng.random(2)
-        dy, dx = _shift(h, draws[0]), _shift(w, draws[1])
+        dy, dx = (self._shift(side, draw) for side, draw in zip(self.size, draws, strict=True))
         kept = _to_channels(image[max(0, dy) : h + min(0, dy), max(0, dx) : w + min(0, dx)], self.channels)
         out_CHW = np.zeros((self.channels, h, w), dtype=np.uint8)
         target = out_CHW[:, :, ::-1] if flip else out_CHW
         target[:, max(0, -dy) : h - max(0, dy), max(0, -dx) : w - max(0, dx)] = kept.transpose(2, 0, 1)
         return torch.from_numpy(out_CHW)
 
-
-def _shift(side: int, draw: float) -> int:
-    """Turn a draw into a shift in px, uniform over -pad .. pad."""
-    pad = -(-side // 32)  # objects in tiny pictures are centred; more costs accuracy in short runs (docs/log.md)
-    return int(draw * (2 * pad + 1)) - pad
+    def _shift(self, side: int, draw: float) -> int:
+        """Turn a draw into a shift in px, uniform over -pad .. pad."""
+        pad = math.ceil(side * self.config.max_shift_ratio - 1e-9)  # a twelfth of 36 is 3, whatever floats say
+        return int(draw * (2 * pad + 1)) - pad
 
 
 def _to_channels(image: Pixels, channels: int) -> Pixels:

@@ -124,7 +124,7 @@ def evaluate(
     num_workers: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Ask the classifier about every picture of a set; `progress` hears how many are done.
+    """Ask the classifier about every picture of a set; `progress` hears how many are done, bad files too.
 
     Raises: DataError if the set's classes are not the model's, or no picture can be read. Their order may differ.
             ModelFileError if the model's answers are not finite numbers.
@@ -139,7 +139,7 @@ def evaluate(
         positions.append(batch.positions.numpy())
         done += len(batch)
         if progress is not None:
-            progress(done)
+            progress(done + len(loader.bad_images))
     if not done:
         first = next(iter(loader.bad_images.values()), "it is empty")
         raise DataError(f"None of the set's {len(image_set)} pictures can be read. The first: {first}")

@@ -6,6 +6,7 @@ and so no relative bias.
 """
 
 # B batch, N tokens (H*W), C channels in, M heads, D head dim, H and W the grid; I and J a token's row and column
+# L windows (P rows of Q), S cells in each (h rows of w)
 
 from __future__ import annotations
 
@@ -104,18 +105,18 @@ def join_heads(x_BMND: Tensor) -> Tensor:
 
 
 def cut_windows(x_BMND: Tensor, grid: Size, side: int) -> Tensor:
-    """Cut the grid into windows of `side` x `side` cells, zeros beyond the edge: (B, M, N, D) -> (B, W, M, S, D)."""
+    """Cut the grid into windows of `side` x `side` cells, zeros beyond the edge: (B, M, N, D) -> (B, L, M, S, D)."""
     rows, columns = (-(-cells // side) for cells in grid)
     pad = (0, 0, 0, columns * side - grid[1], 0, rows * side - grid[0])
-    x_BMRhCwD = F.pad(x_BMND.unflatten(2, grid), pad).unflatten(3, (columns, side)).unflatten(2, (rows, side))
-    return x_BMRhCwD.permute(0, 2, 4, 1, 3, 5, 6).flatten(4, 5).flatten(1, 2)
+    x_BMPhQwD = F.pad(x_BMND.unflatten(2, grid), pad).unflatten(3, (columns, side)).unflatten(2, (rows, side))
+    return x_BMPhQwD.permute(0, 2, 4, 1, 3, 5, 6).flatten(4, 5).flatten(1, 2)
 
 
-def join_windows(x_BWMSD: Tensor, grid: Size, side: int) -> Tensor:
-    """Put windows back together and drop what lies beyond the edge: (B, W, M, S, D) -> (B, M, N, D)."""
+def join_windows(x_BLMSD: Tensor, grid: Size, side: int) -> Tensor:
+    """Put windows back together and drop what lies beyond the edge: (B, L, M, S, D) -> (B, M, N, D)."""
     (height, width), (rows, columns) = grid, (-(-cells // side) for cells in grid)
-    x_BRCMhwD = x_BWMSD.unflatten(1, (rows, columns)).unflatten(4, (side, side))
-    x_BMHWD = x_BRCMhwD.permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3)
+    x_BPQMhwD = x_BLMSD.unflatten(1, (rows, columns)).unflatten(4, (side, side))
+    x_BMHWD = x_BPQMhwD.permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3)
     return x_BMHWD[:, :, :height, :width].flatten(2, 3)
 
 
@@ -128,10 +129,10 @@ class WindowAttention(Attention):
 
     def mix(self, q_BMND: Tensor, k_BMND: Tensor, v_BMND: Tensor, grid: Size) -> Tensor:
         side = self.side
-        q_BWMSD, k_BWMSD, v_BWMSD = (cut_windows(x, grid, side) for x in (q_BMND, k_BMND, v_BMND))
-        inside_BWMS1 = cut_windows(q_BMND.new_ones(1, 1, grid[0] * grid[1], 1), grid, side).bool()
-        weights_BWMSS = self.weigh(q_BWMSD, k_BWMSD, (side, side), inside_BWMS1.transpose(-2, -1))
-        return join_heads(join_windows(weights_BWMSS @ v_BWMSD, grid, side))
+        q_BLMSD, k_BLMSD, v_BLMSD = (cut_windows(x, grid, side) for x in (q_BMND, k_BMND, v_BMND))
+        inside_BLMS1 = cut_windows(q_BMND.new_ones(1, 1, grid[0] * grid[1], 1), grid, side).bool()
+        weights_BLMSS = self.weigh(q_BLMSD, k_BLMSD, (side, side), inside_BLMS1.transpose(-2, -1))
+        return join_heads(join_windows(weights_BLMSS @ v_BLMSD, grid, side))
 
 
 class LinearAttention(Attention):

@@ -66,12 +66,13 @@ def save(run: Path, state: State) -> Path:
     return folder
 
 
-def find_newest(run: Path) -> tuple[Path | None, list[str]]:
+def find_newest(run: Path, *, keeps_average: bool = False) -> tuple[Path | None, list[str]]:
     """Return the newest good checkpoint, if there is one, and what is wrong with newer ones."""
+    needed = (NETWORK, OPTIMIZER, NUMBERS, *([AVERAGE] if keeps_average else []))
     damage: list[str] = []
     for folder in _newest_first(run):
         try:
-            verify_folder(folder, (NETWORK, OPTIMIZER, NUMBERS))
+            verify_folder(folder, needed)
         except ModelFileError as error:
             damage.append(str(error))
         else:

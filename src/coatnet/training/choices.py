@@ -134,9 +134,9 @@ def _choose_length(
 
 
 def _fit_rate(own_batch: int, settings: dict[str, Any], given: dict[str, Any], reasons: list[str]) -> OptimizerConfig:
-    """Scale a recipe's rate to another batch than its own by the square root, as the noise of the gradient scales."""
+    """Scale a Muon recipe's rate to another batch than its own by the square root, as was measured (docs/log.md)."""
     batch, optimizer = settings["global_batch_size"], settings["optimizer"]
-    if batch == own_batch or "peak_lr" in given:
+    if batch == own_batch or "peak_lr" in given or optimizer.method != "muon":
         return optimizer
     peak_lr = float(f"{optimizer.peak_lr * math.sqrt(batch / own_batch):.2g}")
     reasons.append(f"peak rate {peak_lr:g}: the recipe's {optimizer.peak_lr:g} is for batch {own_batch}")

@@ -21,8 +21,8 @@ class Result:
 
     run: Path
     classifier: Classifier
-    part: str | None  # what `summary` was measured on: "test", "val"; None where nothing was set apart
-    summary: Summary | None  # on rank 0 alone, where something was set apart
+    part: str | None  # what `summary` was measured on: "test", "val"; None where nothing was looked at
+    summary: Summary | None  # on rank 0 alone, where something was looked at
     seconds: float  # of training
     num_bad_images: int
     was_interrupted: bool

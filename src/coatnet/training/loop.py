@@ -19,7 +19,7 @@ from coatnet.data.loader import Batch, TrainLoader
 from coatnet.data.mixing import mix
 from coatnet.data.sources import DataSet, ImageSet, open_data
 from coatnet.data.transforms import Augmentation, Preprocessing
-from coatnet.errors import ConfigError, TrainingError
+from coatnet.errors import BadImageError, ConfigError, TrainingError
 from coatnet.evaluation.metrics import summarise
 from coatnet.ranks import Ranks, join
 from coatnet.training import checkpoint, run_folder
@@ -57,7 +57,8 @@ def _set_up(config: TrainConfig, ranks: Ranks, resumes: bool, progress: Progress
     split = run_folder.read_split(folder) if resumes else None
     data = open_data(config.data, seed=config.seed, holdout_percent=config.holdout_percent, split=split)
     _check_fits(config, data, ranks)
-    found, notes = checkpoint.find_newest(folder) if resumes else (None, [])
+    keeps_average = config.ema_decay is not None
+    found, notes = checkpoint.find_newest(folder, keeps_average=keeps_average) if resumes else (None, [])
     network = build(config.model, config.seed)
     if config.init and found is None:
         notes += initialise(network, Path(config.init), data.class_names)
@@ -66,7 +67,8 @@ def _set_up(config: TrainConfig, ranks: Ranks, resumes: bool, progress: Progress
     if config.freeze:
         freeze(network, config.freeze)
     ema = Ema(network, config.ema_decay) if config.ema_decay is not None else None
-    state = checkpoint.State(network, make_optimizers(network, config.optimizer), ema)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    state = checkpoint.State(network, make_optimizers(network, config.optimizer, dtype), ema)
     if found is not None:
         checkpoint.load(found, state)
     if resumes:
@@ -277,12 +279,19 @@ def _evaluate(run: Run) -> bool:
 
 
 def _validate(run: Run, val: ImageSet) -> dict[str, float]:
-    """Return what rank 0 finds on the pictures set apart, and note whether it is the best so far."""
-    state, figures = run.state, (0.0, 0.0)
+    """Return what rank 0 finds on the pictures set apart, and note whether it is the best so far.
+
+    Raises: BadImageError, on every rank, if a file cannot be read and the config says to stop at one.
+    """
+    state, figures, bad_images = run.state, (0.0, 0.0), dict[str, str]()
     if run.ranks.is_first:
-        summary = summarise(run.look_at(run.classifier(), val))
+        outcome = run.look_at(run.classifier(), val)
+        summary, bad_images = summarise(outcome), outcome.bad_images
         figures = (summary.loss, summary.top1_percent)
     loss, top1 = (run.ranks.first_says(figure) for figure in figures)
+    if run.ranks.first_says(len(bad_images)) and run.config.on_bad_image == "stop":
+        raise BadImageError(next(iter(bad_images.values()), "A validation picture cannot be read, says rank 0."))
+    run.loader.bad_images |= bad_images
     if state.best_top1_percent is None or top1 > state.best_top1_percent:
         state.best_top1_percent, state.best_epoch = top1, round(run.epoch, 6)
     return {"val_loss": loss, "val_top1_percent": top1}

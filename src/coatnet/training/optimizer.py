@@ -23,13 +23,16 @@ NUM_NEWTON_SCHULZ_STEPS = 3
 class Muon(Optimizer):
     """Momentum with every direction of a weight's update made equally long.
 
-    A weight is taken as a matrix (out, in x kernel); its momentum's singular values are brought near 1 in bf16.
+    A weight is taken as a matrix (out, in x kernel); its momentum's singular values are brought near 1, in `dtype`.
     `torch.optim.Muon` takes linear layers alone, one by one; this takes convolutions too, and equal shapes at once.
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers"; the scale: Liu et al., arXiv 2502.16982, 2.2.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -47,26 +50,27 @@ class Muon(Optimizer):
         """Update parameters of one shape."""
         wanted = torch.stack([self._nesterov(parameter).flatten(1) for parameter in parameters])
         scale = MUON_RMS * math.sqrt(max(wanted.shape[1:]))
-        for parameter, update in zip(parameters, orthogonalised(wanted), strict=True):
+        for parameter, update in zip(parameters, orthogonalised(wanted, self.dtype), strict=True):
             parameter.mul_(1 - lr * weight_decay)
             parameter.add_(update.reshape(parameter.shape), alpha=-lr * scale)
 
     def _nesterov(self, parameter: nn.Parameter) -> Tensor:
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
-        momentum = state.setdefault("momentum", torch.zeros_like(gradient))
-        momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
-        return gradient.lerp(momentum, MUON_MOMENTUM)
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(gradient)
+        state["momentum"].lerp_(gradient, 1 - MUON_MOMENTUM)
+        return gradient.lerp(state["momentum"], MUON_MOMENTUM)
 
 
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """Bring the singular values of each matrix near 1 and keep its vectors: (K, m, n) -> the same, bf16 inside.
+def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring the singular values of each matrix near 1 and keep its vectors: (K, m, n) -> the same, `dtype` inside.
 
     Values below a twentieth of the matrix' norm stay smaller.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    x = (matrices.mT if tall else matrices).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(NUM_NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
@@ -74,11 +78,11 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def make_optimizers(network: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
+def make_optimizers(network: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> list[Optimizer]:
     """Build what updates the parameters that learn, each in one optimizer; only weights of layers decay.
 
-    Muon takes the weights that mix channels, AdamW the rest: norms, biases, bias tables, depthwise convolutions and
-    the classifier. Without Muon, AdamW takes all.
+    Muon takes the weights that mix channels and computes in `dtype`; AdamW takes the rest: norms, biases, bias tables,
+    depthwise convolutions and the classifier. Without Muon, AdamW takes all.
     """
     layers = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     weights = {id(layer.weight) for layer in layers}
@@ -93,7 +97,7 @@ def make_optimizers(network: nn.Module, config: OptimizerConfig) -> list[Optimiz
         {"params": [p for p in learning if id(p) not in weights], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=config.peak_lr, betas=(config.beta1, config.beta2), fused=True)
-    return [adamw, *([Muon(for_muon, config.peak_lr, config.weight_decay)] if for_muon else [])]
+    return [adamw, *([Muon(for_muon, config.peak_lr, config.weight_decay, dtype)] if for_muon else [])]
 
 
 def learning_rate(config: OptimizerConfig, warmth: float, passed: float) -> float:

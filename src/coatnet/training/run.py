@@ -13,7 +13,6 @@ from coatnet.config import TrainConfig
 from coatnet.data.loader import TrainLoader
 from coatnet.data.sources import DataSet, ImageSet
 from coatnet.data.transforms import Preprocessing
-from coatnet.errors import BadImageError
 from coatnet.evaluation.metrics import Outcome, evaluate
 from coatnet.model.network import CoAtNet
 from coatnet.ranks import Ranks
@@ -84,7 +83,7 @@ class Run:
 
     @property
     def evaluation_batch_size(self) -> int:
-        """Pictures looked at together: more than in training, since nothing is kept for a backward pass."""
+        """Pictures looked at together: twice what a rank holds in training, 256 at most."""
         held = self.config.microbatch_size or self.config.global_batch_size // self.ranks.size
         return min(256, 2 * held)
 
@@ -112,17 +111,10 @@ class Run:
         )
 
     def look_at(self, classifier: Classifier, image_set: ImageSet) -> Outcome:
-        """Ask a classifier about every picture, and note the files that cannot be read.
-
-        Raises: BadImageError if there is such a file and the config says to stop at one.
-        """
-        outcome = evaluate(
+        """Ask a classifier about every picture that can be read."""
+        return evaluate(
             classifier, image_set, batch_size=self.evaluation_batch_size, num_workers=self.config.num_workers
         )
-        if outcome.bad_images and self.config.on_bad_image == "stop":
-            raise BadImageError(next(iter(outcome.bad_images.values())))
-        self.loader.bad_images |= outcome.bad_images
-        return outcome
 
     def tell(self, message: str | None = None) -> None:
         """Report where the run stands, with an event in words or without."""
