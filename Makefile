@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready-$(shell ($(PYTHON) --version; cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f1)
+READY := $(VENV)/.ready-$(shell ($(PYTHON) --version; cat pyproject.toml constraints.txt setup.py src/coatnet/native/*.h src/coatnet/native/*.cpp) | cksum | cut -d' ' -f1)
 DEMO := demo
 
 .PHONY: demo test test-slow check format clean

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from coatnet.classifier import Classifier as Classifier
     from coatnet.classifier import load as load
     from coatnet.config import TrainConfig as TrainConfig
+    from coatnet.fast.engines import optimize as optimize
     from coatnet.model.create import create_model as create_model
     from coatnet.model.create import list_models as list_models
     from coatnet.training.choices import choose_config as choose_config
@@ -24,10 +25,12 @@ _PUBLIC = {
     "create_model": "coatnet.model.create",
     "list_models": "coatnet.model.create",
     "load": "coatnet.classifier",
+    "optimize": "coatnet.fast.engines",
     "train": "coatnet.training.loop",
 }
 __all__ = [
-    "Classifier", "TrainConfig", "__version__", "choose_config", "create_model", "list_models", "load", "train",
+    "Classifier", "TrainConfig", "__version__", "choose_config", "create_model", "list_models", "load", "optimize",
+    "train",
 ]  # fmt: skip
 
 

@@ -105,3 +105,18 @@ def verify_folder(path: Path, needed: Iterable[str]) -> None:
             raise ModelFileError(
                 f"{path}: {name} is damaged (its SHA-256 is not the manifest's). Copy the folder again."
             )
+
+
+def private_cache(name: str) -> Path:
+    """Return a folder for what can be made again, that no other user can write to; made where it is not there.
+
+    Raises: OSError if it belongs to somebody else or cannot be made.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
+    folder = Path(base) / "coatnet" / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid"):
+        if folder.stat().st_uid != os.getuid():
+            raise OSError(f"{folder} belongs to another user. Set XDG_CACHE_HOME to a folder of your own.")
+        folder.chmod(0o700)
+    return folder

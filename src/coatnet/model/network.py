@@ -77,7 +77,7 @@ class CoAtNet(nn.Module):
 
     def forward_intermediates(self, images: Tensor, depth_draws: Tensor | None = None) -> list[Tensor]:
         """Return the maps of S0 .. S4, at strides 2, 4, 8, 16 and 32 in the paper's rows."""
-        self._check(images)
+        self.check_images(images)
         draws = self._draws(images, depth_draws)
         maps = [self.s0(images)]
         for stage in self.stages[1:]:
@@ -88,9 +88,21 @@ class CoAtNet(nn.Module):
         return maps
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Classify a map of S4: pool, LayerNorm, Dense + tanh (head "dense"), classifier: (B, D, h, w) -> (B, K)."""
-        pooled = self.norm(features.mean(dim=(2, 3)))
+        """Classify a map of S4: its mean over (h, w), then `forward_pooled`: (B, D, h, w) -> (B, K)."""
+        return self.forward_pooled(features.mean(dim=(2, 3)))
+
+    def forward_pooled(self, means: Tensor) -> Tensor:
+        """Classify S4's means: LayerNorm, Dense + tanh (head "dense"), classifier: (B, D) -> (B, K)."""
+        pooled = self.norm(means)
         return self.classifier(pooled if self.pre_logits is None else torch.tanh(self.pre_logits(pooled)))
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise ConfigError if images are not (B, in_channels, H, W) of floats."""
+        channels = self.config.in_channels
+        if images.dim() != 4 or images.shape[1] != channels or 0 in images.shape[2:]:
+            raise ConfigError(f"Images came as {tuple(images.shape)}. Give (B, {channels}, H, W), H and W 1 or more.")
+        if not images.is_floating_point():
+            raise ConfigError(f"Images came as {images.dtype}. Give floats, scaled and normalised as in training.")
 
     def attention_maps(self, images: Tensor) -> list[Tensor]:
         """Return the weights of each attention block: (B, M, N, N), rows queries; by windows, (B, windows, M, n, n).
@@ -118,13 +130,6 @@ class CoAtNet(nn.Module):
         self.config = replace(self.config, num_classes=num_classes)
         self.classifier = nn.Linear(self.num_features, num_classes, device=old.device, dtype=old.dtype)
         init_weights(self.classifier, self.config.init)
-
-    def _check(self, images: Tensor) -> None:
-        channels = self.config.in_channels
-        if images.dim() != 4 or images.shape[1] != channels or 0 in images.shape[2:]:
-            raise ConfigError(f"Images came as {tuple(images.shape)}. Give (B, {channels}, H, W), H and W 1 or more.")
-        if not images.is_floating_point():
-            raise ConfigError(f"Images came as {images.dtype}. Give floats, scaled and normalised as in training.")
 
     def _draws(self, images: Tensor, depth_draws: Tensor | None) -> Iterator[Tensor | None]:
         """Deal each block its columns of the draws."""

@@ -1,0 +1,194 @@
+"""Who computes: our own kernels, OpenVINO, torch.compile or the plain network; the fastest at hand that is right."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from coatnet import native
+from coatnet.errors import ConfigError
+from coatnet.fast.calibration import Ranges, measure_ranges
+from coatnet.fast.folding import fold
+from coatnet.fast.plan import Packing, Plan, Precision, why_not
+from coatnet.model.network import CoAtNet
+
+LOG = logging.getLogger("coatnet")
+KEPT_SIZES = 4  # batches and image sizes that an engine stays ready for
+CHUNK_PIXELS = 4 * 224 * 224  # computed at once: maps of more images fall out of the caches, of fewer weights are read more
+
+
+class OptimizedModel(ABC):
+    """The fast form of a network: images (B, C, H, W) float32 in any memory format -> logits (B, K) float32.
+
+    `engine` says who computes, `precision` in what; `notes` says why no faster engine does.
+    """
+
+    engine: str
+
+    def __init__(self, folded: CoAtNet, precision: Precision) -> None:
+        self.folded = folded
+        self.precision: Precision = precision
+        self.notes: list[str] = []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Classify images. Raises: ConfigError if they are not (B, C, H, W) of floats, of C channels."""
+        self.folded.check_images(images)
+        if images.shape[0] == 0:
+            return images.new_zeros((0, self.folded.config.num_classes), dtype=torch.float32)
+        with torch.inference_mode():
+            return self._logits(images.to(self.folded.classifier.weight.device, torch.float32))
+
+    @abstractmethod
+    def _logits(self, images: Tensor) -> Tensor:
+        """Classify one or more checked images."""
+
+
+class _Native(OptimizedModel):
+    """Our own kernels. Safe to call from several threads, which then take turns."""
+
+    engine = "native"
+
+    def __init__(self, folded: CoAtNet, precision: Precision, ranges: Ranges) -> None:
+        super().__init__(folded, precision)
+        packing = Packing(network=folded, precision=precision, ranges=ranges)
+        self.plan = lru_cache(KEPT_SIZES)(lambda *shape: Plan(packing, *shape))
+        self.turn = threading.Lock()
+
+    def _logits(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        with self.turn:
+            means = [
+                self.plan(len(chunk), height, width).run(chunk, torch.get_num_threads()).clone()
+                for chunk in images.split(max(1, CHUNK_PIXELS // (height * width)))
+            ]
+        return self.folded.forward_pooled(torch.cat(means))
+
+
+class _OpenVINO(OptimizedModel):
+    """OpenVINO on the folded network. What it compiled is kept in a private folder of the user's."""
+
+    engine = "openvino"
+
+    def __init__(self, folded: CoAtNet, precision: Precision, calibration: Sequence[Tensor]) -> None:
+        super().__init__(folded, precision)
+        from coatnet.fast.openvino_form import Compiled
+
+        self.compiled = Compiled(folded, precision, calibration)
+        self.turn = threading.Lock()
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with self.turn:
+            return torch.cat([self.compiled(chunk) for chunk in images.split(16)])
+
+
+class _Torch(OptimizedModel):
+    """The folded network in torch, compiled or as it is."""
+
+    def __init__(self, folded: CoAtNet, precision: Precision, *, compiled: bool) -> None:
+        super().__init__(folded, precision)
+        self.engine = "compiled" if compiled else "plain"
+        self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        device = folded.classifier.weight.device
+        network = folded.to(dtype=self.dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        # CUDA graphs: the many short kernels of one image are launched at once.
+        self.network = (
+            torch.compile(network, mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
+            if compiled
+            else network
+        )
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return self.network(images.to(self.dtype, memory_format=torch.channels_last)).float().clone()
+
+
+def optimize(
+    model: nn.Module, *, precision: Precision = "fp32", calibration: Tensor | Iterable[Tensor] | None = None
+) -> OptimizedModel:
+    """Return the fast inference form of a trained network; the network itself stays as it is.
+
+    `calibration`, images (B, C, H, W) float32 as the network sees them in use or batches of such, tells int8 what
+    range to hold; some hundred are enough. Where a slower engine has to do, the logger `coatnet` says why.
+    Raises: ConfigError for another kind of model, an unknown precision, int8 without calibration.
+    """
+    made = _choose(model, precision, calibration, may_compile=True)
+    if made.notes:
+        LOG.warning("coatnet.optimize uses %s in %s: %s.", made.engine, made.precision, "; ".join(made.notes))
+    return made
+
+
+def optimize_at_once(model: nn.Module, *, precision: Precision = "fp32") -> OptimizedModel:
+    """Return the fastest form that is ready at once: nothing is compiled."""
+    return _choose(model, precision, None, may_compile=False)
+
+
+def _choose(
+    model: nn.Module, precision: Precision, calibration: Tensor | Iterable[Tensor] | None, *, may_compile: bool
+) -> OptimizedModel:
+    if not isinstance(model, CoAtNet):
+        raise ConfigError(f"A {type(model).__name__} cannot be optimized. Give a network of coatnet.create_model or load.")
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision is {precision!r}. It must be one of {', '.join(get_args(Precision))}.")
+    batches = _batches(model, precision, calibration)
+    folded = fold(model)
+    notes: list[str] = []
+    if model.classifier.weight.device.type != "cpu":
+        if precision == "int8":
+            precision, notes = "bf16", ["8 bits are computed on the CPU alone"]
+        made = _Torch(folded, precision, compiled=may_compile)
+    elif (reason := native.missing(precision) or why_not(model.config)) is None:
+        made = _Native(folded, precision, measure_ranges(folded, batches) if precision == "int8" else {})
+    else:
+        notes.append(f"no kernels of our own, since {reason}")
+        made = _by_libraries(folded, precision, batches, notes, may_compile=may_compile)
+    made.notes = notes
+    return made
+
+
+def _by_libraries(
+    folded: CoAtNet, precision: Precision, batches: Sequence[Tensor], notes: list[str], *, may_compile: bool
+) -> OptimizedModel:
+    """Return the fastest form that others' libraries give on this processor; say in `notes` what is missing."""
+    if may_compile:
+        try:
+            return _OpenVINO(folded, precision, batches)
+        except ImportError as error:
+            notes.append(f"no OpenVINO ({error.name} is not installed: pip install 'coatnet[openvino]')")
+    if precision == "int8":
+        precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # pyright: ignore  # noqa: SLF001
+    compiler = may_compile and _has_compiler()
+    if may_compile and not compiler:
+        notes.append("no C++ compiler for torch.compile")
+    return _Torch(folded, precision, compiled=compiler)
+
+
+def _has_compiler() -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # as torch.compile itself looks for it
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except (InvalidCxxCompiler, OSError, RuntimeError):
+        return False
+
+
+def _batches(model: CoAtNet, precision: Precision, calibration: Tensor | Iterable[Tensor] | None) -> list[Tensor]:
+    """Return the calibration images in batches that memory bears."""
+    if precision != "int8":
+        return []
+    if calibration is None:
+        raise ConfigError(
+            "int8 needs calibration images: give calibration=, some hundred images (B, C, H, W) float32 as in use."
+        )
+    given = [calibration] if isinstance(calibration, Tensor) else list(calibration)
+    for images in given:
+        model.check_images(images)
+    if not sum(map(len, given)):
+        raise ConfigError("calibration holds no image. Give some hundred, as the network sees them in use.")
+    return [part.float() for images in given for part in images.split(16) if len(part)]

@@ -1,0 +1,73 @@
+"""Kernels of our own for the inference of the network, in C++ for x86 processors with AVX-512.
+
+They are built when the package is installed, where a compiler is at hand; nothing else needs them. A plan is a table
+of operations (`op.h`), made by `coatnet.fast.plan`; `run` carries it out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+class Op(ctypes.Structure):
+    """One row of a plan; the fields are read off `op.h`, each 64 bits wide."""
+
+    _fields_ = [
+        (name.strip(" *"), ctypes.c_int64)
+        for names in re.findall(
+            r"^    (?:int64_t|const char|const float|char|float) (.+?);",
+            (HERE / "op.h").read_text(encoding="utf-8"),
+            re.MULTILINE,
+        )
+        for name in names.split(",")
+    ]
+
+
+def _members(enum: str) -> dict[str, int]:
+    """Return the names of a C enum with their values."""
+    found = re.search(rf"enum {enum} : int64_t {{ (.+?) }};", (HERE / "op.h").read_text(encoding="utf-8"))
+    assert found, f"op.h has no enum {enum}"
+    return {name: number for number, name in enumerate(found[1].split(", "))}
+
+
+KINDS, TYPES, ACTS, RELATIVES = (_members(enum) for enum in ("Kind", "Type", "Act", "Relative"))
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    for suffix in EXTENSION_SUFFIXES:
+        path = HERE / f"_kernels{suffix}"
+        if path.is_file():
+            import torch  # noqa: F401  (its OpenMP runtime comes first, so that there is one pool of threads)
+
+            try:
+                library = ctypes.CDLL(str(path))
+            except OSError:
+                return None
+            library.coatnet_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+            library.coatnet_run.restype = None
+            return library
+    return None
+
+
+def missing(precision: str) -> str | None:
+    """Return why the kernels cannot compute in this precision here, or None if they can."""
+    library = _library()
+    if library is None:
+        return "the package was installed without a C++ compiler"
+    found = library.coatnet_supports()
+    needed, name = {"fp32": (1, "AVX-512"), "bf16": (2, "AVX-512 BF16"), "int8": (6, "AVX-512 BF16 and VNNI")}[precision]
+    return None if found & needed == needed else f"this processor has no {name}"
+
+
+def run(ops: ctypes.Array[Op], num_threads: int, seconds: ctypes.Array[ctypes.c_double] | None = None) -> None:
+    """Carry out the operations in order; where `seconds` is given, add to it what each took."""
+    library = _library()
+    assert library is not None, "ask `missing` first"
+    library.coatnet_run(ctypes.addressof(ops), len(ops), num_threads, ctypes.addressof(seconds) if seconds else None)

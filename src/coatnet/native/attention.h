@@ -1,0 +1,132 @@
+// ATTENTION: softmax(scale q.k + bias) v for each image and head, from one buffer of queries, keys and values.
+#pragma once
+#include <vector>
+
+#include "product.h"
+
+// Pack the keys of one head as weights: panels of 32 tokens, `words` 32-bit steps each; tokens beyond the last are 0.
+inline void pack_keys(const char* keys, int64_t stride, int64_t tokens, int64_t words, int* out) {
+    const __m512i places = _mm512_mullo_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(int(stride)));
+    for (int64_t t = 0; t < (tokens + 31) / 32 * 32; t += 16)
+        for (int64_t k = 0; k < words; k++)
+            _mm512_storeu_si512(out + t / 32 * words * 32 + k * 32 + t % 32,
+                                _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), tail(tokens - t), places,
+                                                            keys + t * stride + 4 * k, 1));
+}
+
+// Pack `channels` of the values of one head, 32 at most, as weights: a step is 1 token in fp32, 2 in bf16.
+template <int TYPE>
+void pack_values(const char* values, int64_t stride, int64_t tokens, int64_t padded, int64_t channels, char* out) {
+    for (int64_t t = 0; t < padded; t += 4 / bytes(TYPE), out += 128)
+        for (int64_t half = 0; half < 2; half++) {
+            auto row = [&](int64_t token) {
+                return load<TYPE>(values + token * stride + half * 16 * bytes(TYPE), token < tokens ? tail(channels - half * 16) : 0);
+            };
+            if constexpr (TYPE == FP32) _mm512_storeu_ps(out + half * 64, row(t));
+            if constexpr (TYPE == BF16)
+                _mm512_storeu_si512(out + half * 64,
+                                    _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(row(t)), 16),
+                                                    _mm512_castps_si512(row(t + 1))));
+        }
+}
+
+template <int TYPE, int R>
+void attend(const Op& op, const char* queries, int64_t stride, const char* keys, const char* values, const char* bias,
+            int64_t tokens, int64_t padded, float* logits, char* weights, char* out, int64_t channel) {
+    const float factor = 1.0f / __builtin_sqrtf(float(op.head_dim));
+    const int64_t words = op.head_dim * bytes(TYPE) / 4;
+    __m512 largest[R];
+#pragma GCC unroll 14
+    for (int r = 0; r < R; r++) largest[r] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    for (int64_t panel = 0; panel < padded / 32; panel++) {
+        __m512 sums[R][2];
+        multiply<TYPE, R>(queries, stride, keys + panel * words * 128, 1, 0, words, sums);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const int64_t token = panel * 32 + half * 16;
+            const __mmask16 mask = tail(tokens - token);
+            if (!mask) break;
+#pragma GCC unroll 14
+            for (int r = 0; r < R; r++) {
+                const int64_t at = r * padded + token;
+                __m512 value = _mm512_mul_ps(sums[r][half], _mm512_set1_ps(factor));
+                if (op.relative == PRE) value = _mm512_add_ps(value, load<TYPE>(bias + at * bytes(TYPE)));
+                largest[r] = _mm512_mask_max_ps(largest[r], mask, largest[r], value);
+                _mm512_storeu_ps(logits + at, value);
+            }
+        }
+    }
+    float inverse[R];
+    for (int r = 0; r < R; r++) {
+        float* row = logits + r * padded;
+        const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest[r]));
+        __m512 total = _mm512_setzero_ps();
+        for (int64_t t = 0; t < tokens; t += 16) {
+            __m512 e = exp16<TYPE == FP32>(_mm512_sub_ps(_mm512_loadu_ps(row + t), top));
+            e = _mm512_maskz_mov_ps(tail(tokens - t), e);
+            total = _mm512_add_ps(total, e);
+            if (op.relative == POST)
+                _mm512_storeu_ps(row + t, e);
+            else  // divided by their sum after the product
+                store<TYPE>(weights + (r * padded + t) * bytes(TYPE), e);
+        }
+        inverse[r] = 1.0f / _mm512_reduce_add_ps(total);
+        if (op.relative != POST) continue;
+        for (int64_t t = 0; t < tokens; t += 16) {
+            const __m512 e = _mm512_mul_ps(_mm512_loadu_ps(row + t), _mm512_set1_ps(inverse[r]));
+            const int64_t at = (r * padded + t) * bytes(TYPE);
+            store<TYPE>(weights + at, _mm512_add_ps(e, load<TYPE>(bias + at, tail(tokens - t))));
+        }
+        inverse[r] = 1.0f;
+    }
+    for (int64_t d = 0; d < op.head_dim; d += 32) {
+        __m512 sums[R][2];
+        multiply<TYPE, R>(weights, padded * bytes(TYPE), values + d * padded * bytes(TYPE), 1, 0,
+                          (tokens * bytes(TYPE) + 3) / 4, sums);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            const int64_t c = channel + d + half * 16;
+            const __mmask16 mask = tail(op.head_dim - d - half * 16);
+            if (!mask) break;
+#pragma GCC unroll 14
+            for (int r = 0; r < R; r++) {
+                __m512 value = _mm512_mul_ps(sums[r][half], _mm512_set1_ps(inverse[r]));
+                if (op.out_type == UINT8)
+                    value = _mm512_fmadd_ps(value, _mm512_maskz_loadu_ps(mask, op.out_scale + c),
+                                            _mm512_maskz_loadu_ps(mask, op.out_zero + c));
+                store(op.out_type, out + (r * op.width + c) * bytes(op.out_type), value, mask);
+            }
+        }
+    }
+}
+
+template <int TYPE>
+void attention(const Op& op, int64_t thread, int64_t threads) {
+    const int64_t tokens = op.lines * op.cells, padded = (tokens + 31) / 32 * 32, size = bytes(TYPE);
+    const int64_t stride = 3 * op.width * size;
+    const int64_t panels = (op.head_dim + 31) / 32 * 32;
+    std::vector<char> keys(padded * op.head_dim * size), values(padded * panels * size), weights(ROWS * padded * size);
+    std::vector<float> logits(ROWS * padded);
+    const Share share(op.images * op.heads, thread, threads);
+    for (int64_t unit = share.first; unit < share.last; unit++) {  // an image's neighbour uses the same bias
+        const int64_t head = unit / op.images, image = unit % op.images, channel = head * op.head_dim;
+        const char* q = op.source + image * tokens * stride + channel * size;
+        pack_keys(q + op.width * size, stride, tokens, op.head_dim * size / 4, (int*)keys.data());
+        for (int64_t d = 0; d < op.head_dim; d += 32)
+            pack_values<TYPE>(q + (2 * op.width + d) * size, stride, tokens, padded, op.head_dim - d,
+                              values.data() + d * padded * size);
+        for (int64_t t = 0, rows; t < tokens; t += rows) {
+            auto go = [&]<int R>() {
+                attend<TYPE, R>(op, q + t * stride, stride, keys.data(), values.data(),
+                                op.weight + (head * tokens + t) * padded * size, tokens, padded, logits.data(),
+                                weights.data(), op.out + (image * tokens + t) * op.width * bytes(op.out_type), channel);
+                rows = R;
+            };
+            if (tokens - t >= 14) go.template operator()<14>();
+            else if (tokens - t >= 7) go.template operator()<7>();
+            else if (tokens - t >= 2) go.template operator()<2>();
+            else go.template operator()<1>();
+        }
+    }
+}

@@ -1,0 +1,91 @@
+// Squeeze-excite: gates from the channels' means, and the weights of the next product scaled by them, image by image.
+// A gate on the input channels of a product is a factor of its weights, of which there are fewer than pixels.
+#pragma once
+#include <vector>
+
+#include "product.h"
+
+// GATE: sums (B, lines, C) -> sigmoid(excite . silu(squeeze . mean)) into out, (B, C) fp32. squeeze is (S, C), excite
+// (S, C) too, transposed; S is `width`, C is `depth`.
+inline void gate(const Op& op, int64_t thread, int64_t threads) {
+    const Share share(op.images, thread, threads);
+    const int64_t C = op.depth, S = op.width;
+    std::vector<float> means(C + 16), squeezed(S);
+    for (int64_t image = share.first; image < share.last; image++) {
+        const __m512 pixels = _mm512_set1_ps(float(op.lines * op.cells));
+        for (int64_t c = 0; c < C; c += 16) {
+            __m512 total = _mm512_setzero_ps();
+            for (int64_t line = 0; line < op.lines; line++)
+                total = _mm512_add_ps(
+                    total, _mm512_maskz_loadu_ps(tail(C - c), op.sums + (image * op.lines + line) * C + c));
+            _mm512_storeu_ps(means.data() + c, _mm512_div_ps(total, pixels));
+        }
+        for (int64_t s = 0; s < S; s++) {
+            __m512 total = _mm512_setzero_ps();
+            for (int64_t c = 0; c < C; c += 16)
+                total = _mm512_fmadd_ps(_mm512_loadu_ps(means.data() + c),
+                                        _mm512_maskz_loadu_ps(tail(C - c), op.squeeze + s * C + c), total);
+            const float x = _mm512_reduce_add_ps(total) + op.squeeze_bias[s];
+            squeezed[s] = x / (1 + _mm512_cvtss_f32(exp16<true>(_mm512_set1_ps(std::min(-x, 80.0f)))));
+        }
+        for (int64_t c = 0; c < C; c += 16) {
+            __m512 x = _mm512_maskz_loadu_ps(tail(C - c), op.excite_bias + c);
+            for (int64_t s = 0; s < S; s++)
+                x = _mm512_fmadd_ps(_mm512_set1_ps(squeezed[s]),
+                                    _mm512_maskz_loadu_ps(tail(C - c), op.excite + s * C + c), x);
+            const __m512 one = _mm512_set1_ps(1.0f);
+            const __m512 e = exp16<true>(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(80.0f)));
+            _mm512_mask_storeu_ps((float*)op.out + image * C + c, tail(C - c), _mm512_div_ps(one, _mm512_add_ps(one, e)));
+        }
+    }
+}
+
+// SCALE: weights (panels, K, 32) fp32 times the gates (B, K) -> packed weights of each image; for 8 bit, with a scale a
+// column that fits them, and the bias less what the zero points of the input add up to.
+template <int OUT>
+void scale(const Op& op, int64_t thread, int64_t threads) {
+    const int64_t panels = (op.width + PANEL - 1) / PANEL, K = op.depth;
+    const Share share(op.images * panels, thread, threads);
+    for (int64_t unit = share.first; unit < share.last; unit++) {
+        const int64_t image = unit / panels, panel = unit % panels;
+        const float* gates = (const float*)op.source + image * K;
+        char* out = op.out + image * op.weight_image + panel * K * 32 * bytes(OUT);
+        for (int64_t half = 0; half < 2; half++) {
+            const float* w = (const float*)op.weight + panel * K * 32 + half * 16;
+            auto row = [&](int64_t k) INLINE_LAMBDA {
+                return _mm512_mul_ps(_mm512_loadu_ps(w + k * 32), _mm512_set1_ps(gates[k]));
+            };
+            char* to = out + half * 64;
+            if constexpr (OUT == FP32)
+                for (int64_t k = 0; k < K; k++) _mm512_storeu_ps(to + k * 128, row(k));
+            if constexpr (OUT == BF16)
+                for (int64_t k = 0; k < K; k += 2) {
+                    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(row(k)));
+                    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(row(k + 1)));
+                    _mm512_storeu_si512(to + k / 2 * 128, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+                }
+            if constexpr (OUT == UINT8) {
+                __m512 largest = _mm512_set1_ps(std::numeric_limits<float>::min());
+                for (int64_t k = 0; k < K; k++) largest = _mm512_max_ps(largest, _mm512_abs_ps(row(k)));
+                const __m512 unit_size = _mm512_div_ps(largest, _mm512_set1_ps(127.0f));
+                const __m512 inverse = _mm512_div_ps(_mm512_set1_ps(127.0f), largest);
+                __m512 zeros = _mm512_setzero_ps();
+                for (int64_t k = 0; k < K; k += 4) {
+                    __m512i word = _mm512_setzero_si512();
+                    for (int j = 0; j < 4; j++) {
+                        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(row(k + j), inverse));
+                        zeros = _mm512_fmadd_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(op.source_zero[k + j]), zeros);
+                        word = _mm512_or_si512(
+                            word, _mm512_slli_epi32(_mm512_and_si512(q, _mm512_set1_epi32(255)), 8 * j));
+                    }
+                    _mm512_storeu_si512(to + k / 4 * 128, word);
+                }
+                const int64_t column = panel * PANEL + half * 16, place = image * panels * PANEL + column;
+                _mm512_storeu_ps(op.made_scale + place, unit_size);
+                _mm512_storeu_ps(op.made_bias + place,
+                                 _mm512_fnmadd_ps(unit_size, zeros,
+                                                  _mm512_maskz_loadu_ps(tail(op.width - column), op.bias + column)));
+            }
+        }
+    }
+}

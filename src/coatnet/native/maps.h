@@ -1,0 +1,195 @@
+// What is done to maps of pixels beside products: unfolding, 3x3 depthwise convolution, pooling, norm, mean, conversion.
+#pragma once
+#include <limits>
+#include <vector>
+
+#include "product.h"
+
+// UNFOLD: the patches of an fp32 picture, in any memory layout, as rows of (line, column, channel) values, zeros beyond
+// its edge and after the last. `kernel` px, `stride` px; the first patch starts `padding` px before the edge.
+template <int OUT>
+void unfold(const Op& op, int64_t thread, int64_t threads) {
+    const Share share(op.images * op.lines, thread, threads);
+    const int64_t count = op.kernel * op.kernel * op.depth;
+    std::vector<int> offsets(count + 16), rows(count + 16), columns(count + 16);
+    for (int64_t i = 0; i < count; i++) {
+        rows[i] = i / op.depth / op.kernel, columns[i] = i / op.depth % op.kernel;
+        offsets[i] = rows[i] * op.source_line + columns[i] * op.source_cell + i % op.depth * op.source_channel;
+    }
+    const __m512i first = _mm512_set1_epi32(0);
+    for (int64_t unit = share.first; unit < share.last; unit++) {
+        const int64_t image = unit / op.lines, top = unit % op.lines * op.stride - op.padding;
+        for (int64_t x = 0; x < op.cells; x++) {
+            const int64_t left = x * op.stride - op.padding;
+            const char* corner = op.source + image * op.source_image + top * op.source_line + left * op.source_cell;
+            char* out = op.out + (unit * op.cells + x) * op.width * bytes(OUT);
+            for (int64_t i = 0; i < op.width; i += 16) {
+                const __m512i y16 = _mm512_add_epi32(_mm512_loadu_si512(&rows[i]), _mm512_set1_epi32(int(top)));
+                const __m512i x16 = _mm512_add_epi32(_mm512_loadu_si512(&columns[i]), _mm512_set1_epi32(int(left)));
+                __mmask16 inside = tail(count - i);
+                inside = _mm512_mask_cmpge_epi32_mask(inside, y16, first);
+                inside = _mm512_mask_cmpge_epi32_mask(inside, x16, first);
+                inside = _mm512_mask_cmplt_epi32_mask(inside, y16, _mm512_set1_epi32(int(op.in_lines)));
+                inside = _mm512_mask_cmplt_epi32_mask(inside, x16, _mm512_set1_epi32(int(op.in_cells)));
+                const __m512 value = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside,
+                                                              _mm512_loadu_si512(&offsets[i]), corner, 1);
+                store<OUT>(out + i * bytes(OUT), value, tail(op.width - i));
+            }
+        }
+    }
+}
+
+template <int TYPE, int OUT>
+void depthwise_line(const Op& op, int64_t image, int64_t y) {
+    const char* lines[3];
+    int64_t along[3];  // bytes from pixel to pixel; 0 on the line beyond the edge, which is one pixel of zeros
+    for (int k = 0; k < 3; k++) {
+        const int64_t line = y * op.stride + k - 1;
+        const bool inside = line >= 0 && line < op.in_lines;
+        lines[k] = inside ? op.source + (image * op.in_lines + line) * op.in_cells * op.width * bytes(TYPE) : op.pad;
+        along[k] = inside ? op.width * bytes(TYPE) : 0;
+    }
+    const float* weights = (const float*)op.weight;  // (9, C)
+    char* out = op.out + (image * op.lines + y) * op.cells * op.width * bytes(OUT);
+    float* sums = op.sums + (image * op.lines + y) * op.width;
+    for (int64_t c = 0; c < op.width; c += 16) {
+        const __mmask16 mask = tail(op.width - c);
+        __m512 w[3][3], sum = _mm512_setzero_ps();
+        for (int k = 0; k < 9; k++) w[k / 3][k % 3] = _mm512_maskz_loadu_ps(mask, weights + k * op.width + c);
+        const __m512 bias = _mm512_maskz_loadu_ps(mask, op.bias + c);
+        const __m512 zero = TYPE == UINT8 ? _mm512_maskz_loadu_ps(mask, op.source_zero + c) : bias;
+        const __m512 scale = OUT == UINT8 ? _mm512_maskz_loadu_ps(mask, op.out_scale + c) : bias;
+        const __m512 shift = OUT == UINT8 ? _mm512_maskz_loadu_ps(mask, op.out_zero + c) : bias;
+        const char* at[3] = {lines[0] + c * bytes(TYPE), lines[1] + c * bytes(TYPE), lines[2] + c * bytes(TYPE)};
+        auto value = [&](int k, int64_t x) INLINE_LAMBDA {
+            const __m512 raw = mask == 0xffff ? load<TYPE>(at[k] + x * along[k]) : load<TYPE>(at[k] + x * along[k], mask);
+            return TYPE == UINT8 ? _mm512_sub_ps(raw, zero) : raw;
+        };
+        auto emit = [&](int64_t x, __m512 total) INLINE_LAMBDA {
+            total = gelu<TYPE == FP32>(total);
+            sum = _mm512_add_ps(sum, total);
+            if (OUT == UINT8) total = _mm512_fmadd_ps(total, scale, shift);
+            store<OUT>(out + (x * op.width + c) * bytes(OUT), total, mask);
+        };
+        if (op.stride == 1) {  // each pixel is loaded once and serves the sums of three
+            __m512 before = bias, here = bias;
+            for (int64_t x = 0; x < op.in_cells; x++) {
+                __m512 after = bias;
+#pragma GCC unroll 3
+                for (int k = 0; k < 3; k++) {
+                    const __m512 v = value(k, x);
+                    before = _mm512_fmadd_ps(v, w[k][2], before);
+                    here = _mm512_fmadd_ps(v, w[k][1], here);
+                    after = _mm512_fmadd_ps(v, w[k][0], after);
+                }
+                if (x) emit(x - 1, before);
+                before = here;
+                here = after;
+            }
+            emit(op.in_cells - 1, before);
+        } else {
+            for (int64_t x = 0; x < op.cells; x++) {
+                __m512 total = bias;
+                for (int64_t kx = 0; kx < 3; kx++) {
+                    const int64_t column = x * op.stride + kx - 1;
+                    if (column < 0 || column >= op.in_cells) continue;
+                    for (int k = 0; k < 3; k++) total = _mm512_fmadd_ps(value(k, column), w[k][kx], total);
+                }
+                emit(x, total);
+            }
+        }
+        _mm512_mask_storeu_ps(sums + c, mask, sum);
+    }
+}
+
+template <int TYPE, int OUT>
+void depthwise(const Op& op, int64_t thread, int64_t threads) {
+    const Share share(op.images * op.lines, thread, threads);
+    for (int64_t unit = share.first; unit < share.last; unit++)
+        depthwise_line<TYPE, OUT>(op, unit / op.lines, unit % op.lines);
+}
+
+// POOL: the largest of 2x2 pixels, of fewer at an odd edge.
+template <int TYPE>
+void pool(const Op& op, int64_t thread, int64_t threads) {
+    const Share share(op.images * op.lines, thread, threads);
+    const int64_t pixel = op.width * bytes(TYPE);
+    for (int64_t unit = share.first; unit < share.last; unit++) {
+        const int64_t image = unit / op.lines, y = 2 * (unit % op.lines);
+        const char* top = op.source + (image * op.in_lines + y) * op.in_cells * pixel;
+        const char* bottom = y + 1 < op.in_lines ? top + op.in_cells * pixel : top;
+        for (int64_t x = 0; x < op.cells; x++) {
+            const int64_t left = 2 * x * pixel, right = 2 * x + 1 < op.in_cells ? left + pixel : left;
+            char* out = op.out + (unit * op.cells + x) * pixel;
+            for (int64_t c = 0; c < op.width; c += 16) {
+                const __mmask16 mask = tail(op.width - c);
+                const int64_t at = c * bytes(TYPE);
+                const __m512 upper = _mm512_max_ps(load<TYPE>(top + left + at, mask), load<TYPE>(top + right + at, mask));
+                const __m512 lower =
+                    _mm512_max_ps(load<TYPE>(bottom + left + at, mask), load<TYPE>(bottom + right + at, mask));
+                store<TYPE>(out + at, _mm512_max_ps(upper, lower), mask);
+            }
+        }
+    }
+}
+
+// NORM: LayerNorm over the channels of each pixel; `scale` and `bias` are its affine part.
+template <int TYPE>
+void norm(const Op& op, int64_t thread, int64_t threads) {
+    const Share share(op.images * op.lines * op.cells, thread, threads);
+    for (int64_t pixel = share.first; pixel < share.last; pixel++) {
+        const char* from = op.source + pixel * op.width * bytes(TYPE);
+        char* out = op.out + pixel * op.width * bytes(op.out_type);
+        __m512 total = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+        for (int64_t c = 0; c < op.width; c += 16)
+            total = _mm512_add_ps(total, load<TYPE>(from + c * bytes(TYPE), tail(op.width - c)));
+        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total) / op.width);
+        for (int64_t c = 0; c < op.width; c += 16) {
+            const __mmask16 mask = tail(op.width - c);
+            const __m512 off = _mm512_maskz_sub_ps(mask, load<TYPE>(from + c * bytes(TYPE), mask), mean);
+            squares = _mm512_fmadd_ps(off, off, squares);
+        }
+        const __m512 inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / op.width + 1e-5f));
+        for (int64_t c = 0; c < op.width; c += 16) {
+            const __mmask16 mask = tail(op.width - c);
+            const __m512 off = _mm512_sub_ps(load<TYPE>(from + c * bytes(TYPE), mask), mean);
+            __m512 value = _mm512_fmadd_ps(_mm512_mul_ps(off, inverse), _mm512_maskz_loadu_ps(mask, op.scale + c),
+                                           _mm512_maskz_loadu_ps(mask, op.bias + c));
+            if (op.out_type == UINT8)
+                value = _mm512_fmadd_ps(value, _mm512_maskz_loadu_ps(mask, op.out_scale + c),
+                                        _mm512_maskz_loadu_ps(mask, op.out_zero + c));
+            store(op.out_type, out + c * bytes(op.out_type), value, mask);
+        }
+    }
+}
+
+// CONVERT: a map to 8 bit.
+template <int TYPE>
+void convert(const Op& op, int64_t thread, int64_t threads) {
+    const Share share(op.images * op.lines * op.cells, thread, threads);
+    for (int64_t pixel = share.first; pixel < share.last; pixel++)
+        for (int64_t c = 0; c < op.width; c += 16) {
+            const __mmask16 mask = tail(op.width - c);
+            const __m512 value = load<TYPE>(op.source + (pixel * op.width + c) * bytes(TYPE), mask);
+            store<UINT8>(op.out + pixel * op.width + c,
+                         _mm512_fmadd_ps(value, _mm512_maskz_loadu_ps(mask, op.out_scale + c),
+                                         _mm512_maskz_loadu_ps(mask, op.out_zero + c)),
+                         mask);
+        }
+}
+
+// MEAN: over all pixels of each image, to fp32.
+template <int TYPE>
+void mean(const Op& op, int64_t thread, int64_t threads) {
+    const Share share(op.images, thread, threads);
+    const int64_t pixels = op.in_lines * op.in_cells;
+    for (int64_t image = share.first; image < share.last; image++)
+        for (int64_t c = 0; c < op.width; c += 16) {
+            const __mmask16 mask = tail(op.width - c);
+            __m512 total = _mm512_setzero_ps();
+            for (int64_t p = 0; p < pixels; p++)
+                total = _mm512_add_ps(
+                    total, load<TYPE>(op.source + ((image * pixels + p) * op.width + c) * bytes(TYPE), mask));
+            store<FP32>(op.out + (image * op.width + c) * 4, _mm512_div_ps(total, _mm512_set1_ps(float(pixels))), mask);
+        }
+}

@@ -1,0 +1,82 @@
+// The network's inference in kernels of our own, for x86 processors with AVX-512. A plan is a table of operations
+// (op.h); `coatnet_run` carries it out on all threads with a barrier after each row. Built where a compiler is at hand.
+#include <cstdint>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+extern "C" int coatnet_supports(void) {  // before the pragma: this must run on any processor
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+        !__builtin_cpu_supports("avx512dq"))
+        return 0;
+    return 1 | (__builtin_cpu_supports("avx512bf16") ? 2 : 0) | (__builtin_cpu_supports("avx512vnni") ? 4 : 0);
+}
+
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma")
+#include <omp.h>
+
+#include <chrono>
+
+#include "attention.h"
+#include "gate.h"
+#include "maps.h"
+
+namespace {
+
+void carry_out(const Op& op, int64_t thread, int64_t threads) {
+    switch (op.kind) {
+        case UNFOLD:
+            return op.out_type == FP32 ? unfold<FP32>(op, thread, threads) : unfold<BF16>(op, thread, threads);
+        case PRODUCT:
+            if (op.type == FP32) return product<FP32, FP32>(op, thread, threads);
+            if (op.type == BF16)
+                return op.out_type == BF16 ? product<BF16, BF16>(op, thread, threads)
+                                           : product<BF16, UINT8>(op, thread, threads);
+            return op.out_type == BF16 ? product<UINT8, BF16>(op, thread, threads)
+                                       : product<UINT8, UINT8>(op, thread, threads);
+        case DEPTHWISE:
+            if (op.type == FP32) return depthwise<FP32, FP32>(op, thread, threads);
+            if (op.type == BF16) return depthwise<BF16, BF16>(op, thread, threads);
+            return depthwise<UINT8, UINT8>(op, thread, threads);
+        case GATE:
+            return gate(op, thread, threads);
+        case SCALE:
+            if (op.out_type == FP32) return scale<FP32>(op, thread, threads);
+            return op.out_type == BF16 ? scale<BF16>(op, thread, threads) : scale<UINT8>(op, thread, threads);
+        case POOL:
+            if (op.type == FP32) return pool<FP32>(op, thread, threads);
+            return op.type == BF16 ? pool<BF16>(op, thread, threads) : pool<UINT8>(op, thread, threads);
+        case NORM:
+            return op.type == FP32 ? norm<FP32>(op, thread, threads) : norm<BF16>(op, thread, threads);
+        case ATTENTION:
+            return op.type == FP32 ? attention<FP32>(op, thread, threads) : attention<BF16>(op, thread, threads);
+        case CONVERT:
+            return convert<BF16>(op, thread, threads);
+        case MEAN:
+            return op.type == FP32 ? mean<FP32>(op, thread, threads) : mean<BF16>(op, thread, threads);
+    }
+}
+
+}  // namespace
+
+// Carry out `count` operations on `threads` threads; where `seconds` is given, add the time of each to it.
+extern "C" void coatnet_run(const Op* ops, int64_t count, int64_t threads, double* seconds) {
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+        for (int64_t i = 0; i < count; i++) {
+            const auto start = std::chrono::steady_clock::now();
+            carry_out(ops[i], thread, team);
+#pragma omp barrier
+            if (seconds && thread == 0)
+                seconds[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        }
+    }
+}
+
+#else
+
+extern "C" int coatnet_supports(void) { return 0; }
+extern "C" void coatnet_run(const void*, int64_t, int64_t, double*) {}
+
+#endif

@@ -1,0 +1,31 @@
+// One row of a plan: what to do with which buffers. `plan.py` writes the rows, `run` carries them out in order.
+// Every field is 64 bits wide, so that both languages lay the struct out alike. Strides are in bytes.
+#pragma once
+#include <cstdint>
+
+enum Kind : int64_t { UNFOLD, PRODUCT, DEPTHWISE, GATE, SCALE, POOL, NORM, ATTENTION, CONVERT, MEAN };
+enum Type : int64_t { FP32, BF16, UINT8 };
+enum Act : int64_t { LINEAR, GELU };
+enum Relative : int64_t { NONE, PRE, POST };
+
+struct Op {
+    int64_t kind, type, out_type, act;
+    int64_t images, lines, cells;           // of the output: a batch of maps of `lines` rows of `cells` pixels
+    int64_t depth, width;                   // channels in and out
+    int64_t in_lines, in_cells;             // of the source map
+    int64_t kernel, stride, padding;        // px
+    int64_t source_image, source_line, source_cell, source_channel;
+    int64_t out_image, out_line, out_cell;
+    int64_t segments, segment_stride;       // PRODUCT: K in so many runs (a 3x3 convolution has three)
+    int64_t weight_image;                   // PRODUCT: > 0 where each image has weights, scales and biases of its own
+    int64_t heads, head_dim, relative;      // ATTENTION
+    const char *source, *weight, *residual; // residual lies as the output does
+    const float *bias, *scale;              // by output channel; scale turns sums of 8-bit products into numbers
+    const float *out_scale, *out_zero;      // by output channel: 8 bit = number * out_scale + out_zero
+    const char *pad;                        // DEPTHWISE: one pixel of zeros, in the source's type
+    const float *source_zero;               // by input channel: the 8-bit value that stands for 0
+    float *sums;                            // DEPTHWISE writes each line's sum by channel, GATE reads them
+    const float *squeeze, *squeeze_bias, *excite, *excite_bias;  // GATE
+    float *made_scale, *made_bias;          // SCALE: by image and output channel
+    char *out;
+};

@@ -1,0 +1,162 @@
+// Matrix products of a few rows at a time, with all that follows a product done while its result is in registers.
+//
+// A is rows of activations as they lie in memory: fp32, bf16 or unsigned 8 bit. W is packed in panels of 32 columns:
+// for each 32-bit step of K (1 fp32, 2 bf16 or 4 int8 values) the 32 columns side by side. One step multiplies a
+// broadcast of 32 bits of A with two vectors of W, so the three precisions share one loop.
+#pragma once
+#include <algorithm>
+
+#include "vector.h"
+
+constexpr int PANEL = 32;  // columns of W side by side
+constexpr int ROWS = 14;   // rows of A at once: 28 of the 32 registers hold sums; 14, 28, 56 and 112 px all divide
+
+template <int TYPE>
+struct Dot {
+    using Sum = __m512;
+    static INLINE Sum zero() { return _mm512_setzero_ps(); }
+    static INLINE Sum add(Sum sum, __m512i a, __m512i w) {
+        if constexpr (TYPE == FP32) return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(w), sum);
+        return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)w);
+    }
+    static INLINE __m512 real(Sum sum) { return sum; }
+};
+
+template <>
+struct Dot<UINT8> {
+    using Sum = __m512i;
+    static INLINE Sum zero() { return _mm512_setzero_si512(); }
+    static INLINE Sum add(Sum sum, __m512i a, __m512i w) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(w));  // gcc 12 passes the intrinsic's sums through memory
+        return sum;
+    }
+    static INLINE __m512 real(Sum sum) { return _mm512_cvtepi32_ps(sum); }
+};
+
+// What comes next from memory, fetched one cache line a step.
+struct Ahead {
+    const char *at, *end;
+    INLINE void step() {
+        if (at < end) _mm_prefetch(at, _MM_HINT_T1);
+        at += 64;
+    }
+};
+
+// Sum `segments` runs of `steps` 32-bit steps, each run `segment_stride` bytes after the one before.
+template <int TYPE, int R, bool FETCH = false>
+INLINE void multiply(const char* a, int64_t row_stride, const char* w, int64_t segments, int64_t segment_stride,
+                     int64_t steps, typename Dot<TYPE>::Sum (&sums)[R][2], Ahead* ahead = nullptr) {
+    using D = Dot<TYPE>;
+#pragma GCC unroll 14
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = D::zero();
+    for (int64_t s = 0; s < segments; s++, a += segment_stride) {
+        const char* at = a;
+        for (int64_t k = 0; k < steps; k++, w += 128, at += 4) {
+            if (FETCH) ahead->step();
+            const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
+#pragma GCC unroll 14
+            for (int r = 0; r < R; r++) {
+                const __m512i value = _mm512_set1_epi32(*(const int*)(at + r * row_stride));
+                sums[r][0] = D::add(sums[r][0], value, w0);
+                sums[r][1] = D::add(sums[r][1], value, w1);
+            }
+        }
+    }
+}
+
+// Scale, bias, GELU, residual, 8 bit: what becomes of one vector of sums, for channels `at` and on.
+template <int TYPE, int OUT>
+INLINE __m512 finish(const Op& op, __m512 sum, __m512 scale, __m512 bias, const char* residual, __m512 out_scale,
+                     __m512 out_zero, __mmask16 mask) {
+    __m512 value = TYPE == UINT8 ? _mm512_fmadd_ps(sum, scale, bias) : _mm512_add_ps(sum, bias);
+    if (op.act == GELU) value = gelu<TYPE == FP32>(value);
+    if (residual) value = _mm512_add_ps(value, load<OUT>(residual, mask));
+    if (OUT == UINT8) value = _mm512_fmadd_ps(value, out_scale, out_zero);
+    return value;
+}
+
+template <int TYPE, int OUT, int R>
+void tile(const Op& op, const char* a, const char* w, int64_t steps, const float* scale, const float* bias,
+          int64_t column, char* out, const char* residual, Ahead& ahead) {
+    typename Dot<TYPE>::Sum sums[R][2];
+    if (ahead.at < ahead.end)
+        multiply<TYPE, R, true>(a, op.source_cell, w, op.segments, op.segment_stride, steps, sums, &ahead);
+    else
+        multiply<TYPE, R>(a, op.source_cell, w, op.segments, op.segment_stride, steps, sums);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        const int64_t at = column + 16 * half;
+        const __mmask16 mask = tail(op.width - at);
+        if (!mask) return;
+        const __m512 b = _mm512_maskz_loadu_ps(mask, bias + at);
+        const __m512 s = TYPE == UINT8 ? _mm512_maskz_loadu_ps(mask, scale + at) : b;
+        const __m512 os = OUT == UINT8 ? _mm512_maskz_loadu_ps(mask, op.out_scale + at) : b;
+        const __m512 oz = OUT == UINT8 ? _mm512_maskz_loadu_ps(mask, op.out_zero + at) : b;
+#pragma GCC unroll 14
+        for (int r = 0; r < R; r++) {
+            const int64_t place = r * op.out_cell + at * bytes(OUT);
+            const __m512 value = finish<TYPE, OUT>(op, Dot<TYPE>::real(sums[r][half]), s, b,
+                                                   residual ? residual + place : nullptr, os, oz, mask);
+            store<OUT>(out + place, value, mask);
+        }
+    }
+}
+
+template <int TYPE, int OUT>
+void tiles(const Op& op, const char* a, const char* w, int64_t steps, const float* scale, const float* bias,
+           int64_t column, char* out, const char* residual, int64_t cells, Ahead& ahead) {
+    while (cells > 0) {
+        int64_t done = 0;
+        auto go = [&]<int R>() {
+            tile<TYPE, OUT, R>(op, a, w, steps, scale, bias, column, out, residual, ahead);
+            done = R;
+        };
+        if (cells >= 14) go.template operator()<14>();
+        else if (cells >= 7) go.template operator()<7>();
+        else if (cells >= 4) go.template operator()<4>();
+        else if (cells >= 2) go.template operator()<2>();
+        else go.template operator()<1>();
+        cells -= done;
+        a += done * op.source_cell;
+        out += done * op.out_cell;
+        if (residual) residual += done * op.out_cell;
+    }
+}
+
+struct Share {  // of a thread in `count` equal pieces of work
+    int64_t first, last;
+    Share(int64_t count, int64_t thread, int64_t threads)
+        : first(count * thread / threads), last(count * (thread + 1) / threads) {}
+};
+
+constexpr int64_t BIG_BYTES = 1 << 20;  // weights that do not stay in the second cache: the next panel is fetched ahead
+constexpr int64_t ROWS_BYTES = 160 << 10;  // of A kept in the second cache while panels of W pass by
+
+template <int TYPE, int OUT>
+void product(const Op& op, int64_t thread, int64_t threads) {
+    const int64_t steps = op.depth * bytes(TYPE) / 4;  // of one segment
+    const int64_t panels = (op.width + PANEL - 1) / PANEL, panel_bytes = op.segments * steps * 128;
+    const int64_t per_line = (op.cells + ROWS - 1) / ROWS, num_tiles = op.images * op.lines * per_line;
+    const int64_t row_bytes = op.segments * op.depth * bytes(TYPE);
+    const bool by_panel = panels * panel_bytes > num_tiles * ROWS * row_bytes && panels >= threads;
+    const Share columns = by_panel ? Share(panels, thread, threads) : Share(panels, 0, 1);
+    const Share rows = by_panel ? Share(num_tiles, 0, 1) : Share(num_tiles, thread, threads);
+    const int64_t group = std::max<int64_t>(1, ROWS_BYTES / (ROWS * row_bytes));
+    for (int64_t start = rows.first; start < rows.last; start += group)
+        for (int64_t panel = columns.first; panel < columns.last; panel++) {
+            const char* following = op.weight + (panel + 1) * panel_bytes;
+            const bool big = panels * panel_bytes > BIG_BYTES && panel + 1 < columns.last && !op.weight_image;
+            Ahead ahead = {following, big ? following + panel_bytes : following};
+            for (int64_t t = start, next; t < std::min(start + group, rows.last); t = next) {
+                const int64_t line = t / per_line, first = t % per_line;
+                next = std::min({start + group, rows.last, (line + 1) * per_line});  // along one line in one go
+                const int64_t image = line / op.lines, y = line % op.lines, x = first * ROWS;
+                const int64_t place = image * op.out_image + y * op.out_line + x * op.out_cell;
+                const int64_t own = op.weight_image ? image * panels * PANEL : 0;
+                tiles<TYPE, OUT>(op, op.source + image * op.source_image + y * op.source_line + x * op.source_cell,
+                                 op.weight + image * op.weight_image + panel * panel_bytes, steps, op.scale + own,
+                                 op.bias + own, panel * PANEL, op.out + place, op.residual ? op.residual + place : nullptr,
+                                 std::min(op.cells, (first + next - t) * ROWS) - x, ahead);
+            }
+        }
+}
