@@ -17,11 +17,12 @@ FLOORS = (  # top to bottom; a room imports from lower floors or from itself
     ("training", "serving"),
     ("evaluation", "deploy", "plan"),
     ("classifier",),
+    ("fast",),
     ("model",),
     ("data", "recipes", "family_table"),
     ("zoo", "layout"),
     ("config",),
-    ("record", "ranks"),
+    ("record", "ranks", "native"),
     ("files",),
     ("errors",),
 )

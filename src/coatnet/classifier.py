@@ -27,6 +27,7 @@ from coatnet.config import ModelConfig, PreprocessingConfig
 from coatnet.data.decode import Pixels, decode
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import BadImageError, ConfigError, DataError, ModelFileError
+from coatnet.fast.engines import OptimizedModel, Precision, optimize, optimize_at_once
 from coatnet.files import MANIFEST, new_folder, read_json, verify_folder, write_json
 from coatnet.model.network import CoAtNet
 
@@ -53,6 +54,7 @@ class Classifier:
     labels: tuple[str, ...]  # K, in the order of the logits
     loss: Loss = "softmax"  # how logits become probabilities
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    fast: OptimizedModel | None = None  # answers in the network's place, once `optimize` was called
 
     def __post_init__(self) -> None:
         num_classes = self.network.config.num_classes
@@ -89,8 +91,17 @@ class Classifier:
                 answers.append([Prediction(self.labels[i], p) for p, i in zip(row, indices, strict=True)])
         return answers
 
+    def optimize(self, *, precision: Precision = "fp32", may_compile: bool = False) -> None:
+        """Answer by the fast form of the network as it is now; later changes to the network do not show.
+
+        Without `may_compile` the form is one that is ready at once.
+        """
+        self.fast = (optimize if may_compile else optimize_at_once)(self.network, precision=precision)
+
     def logits(self, images: Tensor) -> Tensor:
         """Map preprocessed images (B, C, h, w) uint8 -> (B, K) float32, on the classifier's device."""
+        if self.fast is not None:
+            return self.fast(self.preprocessing.normalise(images.to(self.device, non_blocking=True)))
         with _evaluating(self.network), torch.inference_mode():
             batch = self.preprocessing.normalise(images.to(self.device, non_blocking=True))
             return self.network(batch).float()

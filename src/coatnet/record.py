@@ -39,8 +39,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_record(
-    path: Path,
+def write_record(path: Path, **facts: Any) -> None:
+    """Write one run's record, as `make_record` makes it, atomically."""
+    write_json(path, make_record(**facts))
+
+
+def make_record(
     *,
     kind: str,
     figures: dict[str, Any],
@@ -48,15 +52,15 @@ def write_record(
     n: int,
     seconds: float,
     config: dict[str, Any] | None = None,
-) -> None:
-    """Write one run's record atomically; `n` is the number of measurements or pictures behind each figure.
+) -> dict[str, Any]:
+    """Return one run's record as plain JSON data; `n` is the number of measurements or pictures behind each figure.
 
     Numbers that are not finite become null, since JSON has none.
     """
     record: dict[str, Any] = {"kind": kind, **environment(), "seeds": seeds, "n": n, "seconds": round(seconds, 3)}
     if config is not None:
         record["config"] = config
-    write_json(path, _plain({**record, "figures": figures}))
+    return _plain({**record, "figures": figures})
 
 
 def _command() -> list[str]:

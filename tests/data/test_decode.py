@@ -99,7 +99,7 @@ def test_a_shrunk_jpeg_is_never_smaller_than_asked(height, width, min_side):
     pixels = decode(encode(np.zeros((height, width, 3), np.uint8), "JPEG"), min_side=min_side)
     got, had = min(pixels.shape[:2]), min(height, width)
     assert got >= min(min_side, had), f"{height} x {width} came as {pixels.shape}, asked for {min_side} or more"
-    assert had < min_side or got < 2 * min_side + 2 or got == -(-had // 8), (
+    assert had < 2 * min_side or got < 2 * min_side + 2 or got == -(-had // 8), (
         f"{had} px shrank to {got} only, asked for {min_side}"
     )
 

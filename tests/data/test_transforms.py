@@ -5,11 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from coatnet.config import AugmentConfig, PreprocessingConfig
 from coatnet.data import draws
+from coatnet.data.decode import decode
 from coatnet.data.transforms import Augmentation, Preprocessing, erase, random_box
 
 GREY = {"mean": (0.286,), "std": (0.353,)}
@@ -109,11 +111,28 @@ def test_random_boxes_cover_the_scales():
     assert np.corrcoef([top for top, *_ in boxes], [left for _, left, *_ in boxes])[0, 1] < 0.9
 
 
-def test_no_crop_of_a_shrunk_jpeg_is_magnified():
-    augment = Augmentation(AugmentConfig(crop_min_scale=0.25), PreprocessingConfig(image_size=(100, 80)))
-    side = augment.min_side
-    smallest = min(min(random_box((side, side), 0.25, draws.generator(0, "t", 0, p))[2:]) for p in range(2000))
-    assert smallest >= 100, f"a {side} px picture gave a crop of {smallest} px for a side of 100"
+def test_no_crop_of_a_shrunk_jpeg_is_magnified_and_it_shows_the_same_part(tmp_path):
+    """Crops of a large JPEG, decoded shrunk where that will do, are those of the whole picture, but for the filter."""
+    y, x = np.mgrid[0:480, 0:640]
+    picture = np.uint8(np.stack([y / 2, x / 3, (x + y) / 5], axis=2))
+    path = tmp_path / "a.jpg"
+    Image.fromarray(picture).save(path, quality=95, subsampling=0)
+    augment = Augmentation(AugmentConfig(crop_min_scale=0.08), PreprocessingConfig(image_size=(150, 120)))
+    sides = []
+    for position in range(60):
+        asked = []
+
+        def read(min_side, asked=asked):
+            pixels = decode(path, min_side=lambda size: asked.append(min_side(size)) or asked[-1])
+            sides.append(pixels.shape[0])
+            assert pixels.shape[0] >= min(asked[0], 480), f"{asked[0]} px were asked for, {pixels.shape[0]} came"
+            return pixels
+
+        shrunk = augment.read(read, draws.generator(0, "t", 0, position))
+        whole = augment(decode(path), draws.generator(0, "t", 0, position))
+        apart = (shrunk.float() - whole.float()).abs().mean().item()
+        assert apart < 1.5, f"crop {position} differs by {apart:.2f} of 255 on average"
+    assert {480, 240} <= set(sides), f"decoded to {set(sides)} px alone"
 
 
 def test_erase_covers_part_with_noise():

@@ -16,7 +16,7 @@ from coatnet.model.attention import RelativeBias, Transformer
 from coatnet.model.mbconv import MBConv
 from coatnet.model.network import CoAtNet
 from parity.reference import Plain, resize_bilinear
-from parity.weights import scramble
+from coatnet.bench.weights import scramble
 
 SIZES = [(1, 1), (7, 7), (5, 9)]  # one cell, square, oblong
 ROUNDING = 1e-10  # of float64, over the largest value of a tensor

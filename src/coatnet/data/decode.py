@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from PIL import Image
 from coatnet.errors import BadImageError
 
 Pixels = NDArray[np.uint8]
+MinSide = Callable[[tuple[int, int]], int]  # of a picture (height, width) upright, the least side in px that will do
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -32,10 +34,11 @@ _ORIENTATION = 0x0112  # EXIF tag
 _QUIET = threading.Lock()
 
 
-def decode(content: bytes | Path, *, name: str = "", min_side: int = 0) -> Pixels:
+def decode(content: bytes | Path, *, name: str = "", min_side: int | MinSide = 0) -> Pixels:
     """Decode a picture's first frame -> (H, W, 3) uint8, RGB, upright.
 
-    With `min_side` (px) a larger JPEG may come shrunk, each side still at least so long: much faster for photographs.
+    With `min_side` (px) a larger JPEG may come at a half, quarter or eighth of its size, each side still at least so
+    long: much faster for photographs. It may depend on the size: it is then called once, where it matters.
 
     Raises: BadImageError, and nothing else, for whatever cannot be decoded whole within the limits.
     """
@@ -43,7 +46,7 @@ def decode(content: bytes | Path, *, name: str = "", min_side: int = 0) -> Pixel
     try:
         data = _read(content)
         image, orientation = _open(data)
-        pixels = _decode_jpeg(data, image, min_side) if image.format == "JPEG" else None
+        pixels = _decode_jpeg(data, image, orientation, min_side) if image.format == "JPEG" else None
         return _upright(_to_rgb(image) if pixels is None else pixels, orientation)
     except MemoryError:
         raise
@@ -111,14 +114,18 @@ def _open(data: bytes) -> tuple[Image.Image, int]:
     return image, orientation
 
 
-def _decode_jpeg(data: bytes, image: Image.Image, min_side: int) -> Pixels | None:
+def _decode_jpeg(data: bytes, image: Image.Image, orientation: int, min_side: int | MinSide) -> Pixels | None:
     """Decode through simplejpeg, or return None where Pillow has to look: at CMYK, and at what simplejpeg refuses."""
     if image.mode not in ("RGB", "L"):
         return None
-    shrink = 0 < min_side < min(image.size)
+    width, height = image.size
+    if not isinstance(min_side, int):
+        min_side = min_side((width, height) if orientation >= 5 else (height, width))
+    # Of the sizes that libjpeg can decode to, these three alone are faster than the whole.
+    part = next((part for part in (8, 4, 2) if 0 < min_side <= min(image.size) / part), 1)
     try:
         return simplejpeg.decode_jpeg(
-            data, "RGB", min_height=min_side if shrink else 0, min_width=min_side if shrink else 0
+            data, "RGB", min_height=-(-height // part) if part > 1 else 0, min_width=-(-width // part) if part > 1 else 0
         )
     except ValueError:
         return None

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from coatnet.data.decode import Pixels, decode, read_size
+from coatnet.data.decode import decode, MinSide, Pixels, read_size
 from coatnet.data.draws import IntArray
 
 
@@ -33,7 +33,7 @@ class ImageSet(Protocol):
         """Return (height, width) in px without decoding. Raises: BadImageError."""
         ...
 
-    def read(self, index: int, *, min_side: int = 0) -> Pixels:
+    def read(self, index: int, *, min_side: int | MinSide = 0) -> Pixels:
         """Return the pixels (H, W, 3) uint8, perhaps read-only; `min_side` as in `decode`. Raises: BadImageError."""
         ...
 
@@ -64,7 +64,7 @@ class FolderImages:
     def size(self, index: int) -> tuple[int, int]:
         return read_size(self.path(index))
 
-    def read(self, index: int, *, min_side: int = 0) -> Pixels:
+    def read(self, index: int, *, min_side: int | MinSide = 0) -> Pixels:
         return decode(self.path(index), min_side=min_side)
 
     def take(self, rows: IntArray) -> FolderImages:
@@ -95,7 +95,7 @@ class ArrayImages:
     def size(self, index: int) -> tuple[int, int]:  # noqa: ARG002 - all are of one size
         return self.pixels.shape[1], self.pixels.shape[2]
 
-    def read(self, index: int, *, min_side: int = 0) -> Pixels:  # noqa: ARG002 - there is nothing to shrink
+    def read(self, index: int, *, min_side: int | MinSide = 0) -> Pixels:  # noqa: ARG002 - there is nothing to shrink
         pixels = self.pixels[self.rows[index]]
         return pixels if pixels.ndim == 3 else np.broadcast_to(pixels[:, :, None], (*pixels.shape, 3))
 

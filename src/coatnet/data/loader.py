@@ -9,9 +9,9 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -168,23 +168,24 @@ class _TrainMaker:
         images, taken, bad = list[Tensor](), list[int](), dict[str, str]()
         try:
             for position, epoch, index in zip(range(start, stop), epochs.tolist(), indices.tolist(), strict=True):
-                pixels, index = self._read_from(index, bad)
-                rng = draws.generator(self.seed, "augment", epoch, position)
-                images.append(self.augmentation(pixels, rng))
+                image, index = self._read_from(index, (epoch, position), bad)
+                images.append(image)
                 taken.append(index)
         except DataError as error:
             return _Made(None, bad, error)
         positions = torch.arange(start, stop)
         return _Made(_batch(images, self.image_set.targets[taken], positions, torch.from_numpy(epochs)), bad)
 
-    def _read_from(self, index: int, bad: dict[str, str]) -> tuple[np.ndarray, int]:
-        """Read the picture, or in a bad one's place the next that can be read; return it and its index."""
+    def _read_from(self, index: int, place: tuple[int, int], bad: dict[str, str]) -> tuple[Tensor, int]:
+        """Read and augment the picture, or in a bad one's place the next that can be read; return it and its index."""
         n = len(self.image_set)
-        for candidate in (place % n for place in range(index, index + n)):
+        for candidate in (following % n for following in range(index, index + n)):
             if candidate in self.known_bad:
                 continue
             try:
-                return self.image_set.read(candidate, min_side=self.augmentation.min_side), candidate
+                rng = draws.generator(self.seed, "augment", *place)
+                read = partial(self.image_set.read, candidate)
+                return self.augmentation.read(lambda min_side: read(min_side=min_side), rng), candidate  # noqa: B023
             except BadImageError as error:
                 if self.on_bad_image == "stop":
                     raise

@@ -7,6 +7,7 @@ on the device. Draws come from the generator that is handed in, never from a glo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from coatnet.config import AugmentConfig, PreprocessingConfig
-from coatnet.data.decode import Pixels
+from coatnet.data.decode import MinSide, Pixels
 from coatnet.data.randaugment import randaugment
 
 Box = tuple[int, int, int, int]  # top, left, height, width in px
@@ -51,22 +52,29 @@ class Augmentation:
         self.config = config
         self.size = preprocessing.image_size
         self.channels = len(preprocessing.mean)
-        # The side in px below which a JPEG must not be shrunk while decoding, lest the smallest crop be magnified;
-        # 1.2 since a crop of ratio 4/3 is that much narrower than a square one.
-        area = config.crop_min_scale if config.crop == "random_resized" else 1.0
-        self.min_side = math.ceil(1.2 * max(self.size) / math.sqrt(area))
 
     def __call__(self, image: Pixels, rng: np.random.Generator) -> Tensor:
         """Augment one picture: (H, W, 3) uint8 -> (C, h, w) uint8."""
+        return self.read(lambda _min_side: image, rng)
+
+    def read(self, read: Callable[[MinSide], Pixels], rng: np.random.Generator) -> Tensor:
+        """Augment the picture that `read` gives, which may come shrunk as far as what will be seen of it allows."""
         config = self.config
         flip = rng.random() < config.flip_rate
+        seen: list[tuple[int, int, int, int, int, int]] = []  # the box, and the size that it is a part of
+
+        def min_side(size: tuple[int, int]) -> int:
+            box = random_box(size, config.crop_min_scale, rng) if config.crop == "random_resized" else (0, 0, *size)
+            seen.append((*box, *size))
+            return math.ceil(min(size) * max(self.size[0] / box[2], self.size[1] / box[3]))
+
+        image = read(min_side)
+        if not seen:  # no JPEG: nobody asked
+            min_side((image.shape[0], image.shape[1]))
         if config.crop == "pad":
             out = self._pad_and_crop(image, rng, flip)
         else:
-            if config.crop == "random_resized":
-                top, left, height, width = random_box(image.shape[:2], config.crop_min_scale, rng)
-                image = image[top : top + height, left : left + width]
-            out = _resize(_to_tensor(image, self.channels), self.size)
+            out = _resize(_to_tensor(_cut(image, *seen[0]), self.channels), self.size)
             out = out.flip(-1) if flip else out
         if config.randaugment_ops:
             out = randaugment(out, config.randaugment_ops, config.randaugment_magnitude, rng)
@@ -91,6 +99,13 @@ class Augmentation:
         """Turn a draw into a shift in px, uniform over -pad .. pad."""
         pad = math.ceil(side * self.config.max_shift_ratio - 1e-9)  # a twelfth of 36 is 3, whatever floats say
         return int(draw * (2 * pad + 1)) - pad
+
+
+def _cut(image: Pixels, top: int, left: int, height: int, width: int, full_height: int, full_width: int) -> Pixels:
+    """Cut a box of the full-size picture out of one that may have come shrunk."""
+    y, x = image.shape[0] / full_height, image.shape[1] / full_width
+    rows = slice(round(top * y), max(round(top * y) + 1, round((top + height) * y)))
+    return image[rows, round(left * x) : max(round(left * x) + 1, round((left + width) * x))]
 
 
 def _to_channels(image: Pixels, channels: int) -> Pixels:

@@ -23,10 +23,19 @@ from coatnet.ranks import find_device
 
 Part = Literal["train", "val", "test"]
 NUM_SEEN_AT_ONCE = 64
+WORTH_PREPARING = 4  # pictures from which on the fast form saves more than it takes to make
+Precision = Literal["fp32", "bf16"]
 
 
 def evaluate_run(
-    run: Path, data: str, *, part: Part | None, batch_size: int, device: str, num_workers: int
+    run: Path,
+    data: str,
+    *,
+    part: Part | None,
+    batch_size: int,
+    device: str,
+    num_workers: int,
+    precision: Precision = "fp32",
 ) -> tuple[Summary, str, dict[str, str]]:
     """Measure a run's model on a part of the data; return the figures, the part's name and the bad files.
 
@@ -36,6 +45,7 @@ def evaluate_run(
     if batch_size < 1 or num_workers < 0:
         raise ConfigError(f"The batch size is {batch_size}, workers are {num_workers}. Give 1 or more, and 0 or more.")
     classifier = load(run, device=find_device(device))
+    classifier.optimize(precision=precision)
     name, image_set = _choose_part(run, data, part)
     stderr = Console(stderr=True)
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
@@ -113,11 +123,19 @@ def show(summary: Summary, part: str, bad_images: dict[str, str]) -> None:
 
 
 def predict_files(
-    run: Path, arguments: list[str], *, k: int, output: Literal["table", "csv", "jsonl"], device: str
+    run: Path,
+    arguments: list[str],
+    *,
+    k: int,
+    output: Literal["table", "csv", "jsonl"],
+    device: str,
+    precision: Precision = "fp32",
 ) -> int:
     """Print the k best labels of each picture as it is seen; return how many files could not be read."""
     paths = list_images(arguments)
     classifier = load(run, device=find_device(device))
+    if len(paths) >= WORTH_PREPARING or precision != "fp32":
+        classifier.optimize(precision=precision)
     bad: list[BadImageError] = []
     answers = _answers(classifier, paths, k, bad)
     {"table": _print_table, "csv": _print_csv, "jsonl": _print_jsonl}[output](answers)

@@ -16,7 +16,8 @@ from coatnet import native
 from coatnet.errors import ConfigError
 from coatnet.fast.calibration import Ranges, measure_ranges
 from coatnet.fast.folding import fold
-from coatnet.fast.plan import Packing, Plan, Precision, why_not
+from coatnet.fast.plan import Packing, Plan, why_not
+from coatnet.fast.plan import Precision as Precision
 from coatnet.model.network import CoAtNet
 
 LOG = logging.getLogger("coatnet")

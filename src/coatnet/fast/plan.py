@@ -108,30 +108,30 @@ def _pack_module(module: nn.Module, type_: str, range8: Range8 | None) -> Packed
     rows_KN = nn.functional.pad(by_output.T, (0, 0, 0, -by_output.shape[1] % per_step))
     ones = torch.ones(rows_KN.shape[1])
     if type_ != "UINT8":
-        return Packed(_pack(rows_KN, type_), _padded(bias), _padded(ones), segments)
+        return Packed(pack(rows_KN, type_), _padded(bias), _padded(ones), segments)
     assert range8 is not None, "8 bits without a range"
     repeats = rows_KN.shape[0] // len(range8.step)
     rows_KN = rows_KN * range8.step.repeat(repeats)[:, None]
     step_N = rows_KN.abs().amax(dim=0).clamp(min=1e-20) / 127
     whole_KN = (rows_KN / step_N).round()
     bias = bias - step_N * (range8.zero.repeat(repeats) @ whole_KN)
-    return Packed(_pack(whole_KN, type_), _padded(bias), _padded(step_N), segments)
+    return Packed(pack(whole_KN, type_), _padded(bias), _padded(step_N), segments)
 
 
 def _padded(by_column: Tensor) -> Tensor:
     return nn.functional.pad(by_column.float(), (0, -len(by_column) % PANEL)).contiguous()
 
 
-def _panels(rows_KN: Tensor) -> Tensor:
+def panels(rows_KN: Tensor) -> Tensor:
     """Cut the columns into panels: (K, N) -> (P, K, 32), zeros beyond the last."""
     padded = nn.functional.pad(rows_KN, (0, -rows_KN.shape[1] % PANEL))
     return padded.unflatten(1, (-1, PANEL)).movedim(1, 0).contiguous()
 
 
-def _pack(rows_KN: Tensor, type_: str) -> Tensor:
+def pack(rows_KN: Tensor, type_: str) -> Tensor:
     """(K, N) -> (P, K / step, 32, step) in the type, int8 for the products of 8 bits."""
     per_step = PER_STEP[type_]
-    stepped = _panels(rows_KN).unflatten(1, (-1, per_step)).transpose(2, 3)
+    stepped = panels(rows_KN).unflatten(1, (-1, per_step)).transpose(2, 3)
     return stepped.to(torch.int8 if type_ == "UINT8" else TORCH_TYPES[type_]).contiguous()
 
 
@@ -290,7 +290,7 @@ class Plan:
         )  # fmt: skip
         name = self.packing.names[id(shrink)]
         step = torch.ones(channels) if source.range8 is None else source.range8.step
-        raw = self.packing.keep(f"raw {name}", lambda: _panels(shrink.weight.flatten(1).T * step[:, None]))
+        raw = self.packing.keep(f"raw {name}", lambda: panels(shrink.weight.flatten(1).T * step[:, None]))
         dtype = torch.int8 if source.type == "UINT8" else source.data.dtype
         columns = raw.shape[0] * PANEL
         packed = self._buffer("scaled", (images, *raw.shape), dtype)

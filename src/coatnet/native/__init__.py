@@ -31,9 +31,9 @@ class Op(ctypes.Structure):
 
 def _members(enum: str) -> dict[str, int]:
     """Return the names of a C enum with their values."""
-    found = re.search(rf"enum {enum} : int64_t {{ (.+?) }};", (HERE / "op.h").read_text(encoding="utf-8"))
+    found = re.search(rf"enum {enum} : int64_t {{(.+?)}};", (HERE / "op.h").read_text(encoding="utf-8"), re.DOTALL)
     assert found, f"op.h has no enum {enum}"
-    return {name: number for number, name in enumerate(found[1].split(", "))}
+    return {name.strip(): number for number, name in enumerate(found[1].split(","))}
 
 
 KINDS, TYPES, ACTS, RELATIVES = (_members(enum) for enum in ("Kind", "Type", "Act", "Relative"))

@@ -20,6 +20,7 @@ extern "C" int coatnet_supports(void) {  // before the pragma: this must run on 
 #include "attention.h"
 #include "gate.h"
 #include "maps.h"
+#include "training.h"
 
 namespace {
 
@@ -54,6 +55,20 @@ void carry_out(const Op& op, int64_t thread, int64_t threads) {
             return convert<BF16>(op, thread, threads);
         case MEAN:
             return op.type == FP32 ? mean<FP32>(op, thread, threads) : mean<BF16>(op, thread, threads);
+        case MOMENTS:
+            return moments(op, thread, threads);
+        case ACTED_DEPTHWISE:
+            return acted_depthwise(op, thread, threads);
+        case ACTED:
+            return acted(op, thread, threads);
+        case GATE_SLOPE:
+            return gate_slope(op, thread, threads);
+        case ACTED_SLOPE:
+            return acted_slope(op, thread, threads);
+        case DEPTHWISE_SLOPE:
+            return depthwise_slope(op, thread, threads);
+        case MIXED:
+            return mixed(op, thread, threads);
     }
 }
 
@@ -62,15 +77,12 @@ void carry_out(const Op& op, int64_t thread, int64_t threads) {
 // Carry out `count` operations on `threads` threads; where `seconds` is given, add the time of each to it.
 extern "C" void coatnet_run(const Op* ops, int64_t count, int64_t threads, double* seconds) {
 #pragma omp parallel num_threads(threads)
-    {
-        const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-        for (int64_t i = 0; i < count; i++) {
-            const auto start = std::chrono::steady_clock::now();
-            carry_out(ops[i], thread, team);
+    for (int64_t i = 0; i < count; i++) {
+        const auto start = std::chrono::steady_clock::now();
+        carry_out(ops[i], omp_get_thread_num(), omp_get_num_threads());
 #pragma omp barrier
-            if (seconds && thread == 0)
-                seconds[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-        }
+        if (seconds && omp_get_thread_num() == 0)
+            seconds[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
 }
 

@@ -3,7 +3,10 @@
 #pragma once
 #include <cstdint>
 
-enum Kind : int64_t { UNFOLD, PRODUCT, DEPTHWISE, GATE, SCALE, POOL, NORM, ATTENTION, CONVERT, MEAN };
+enum Kind : int64_t {
+    UNFOLD, PRODUCT, DEPTHWISE, GATE, SCALE, POOL, NORM, ATTENTION, CONVERT, MEAN,
+    MOMENTS, ACTED_DEPTHWISE, ACTED, GATE_SLOPE, ACTED_SLOPE, DEPTHWISE_SLOPE, MIXED
+};
 enum Type : int64_t { FP32, BF16, UINT8 };
 enum Act : int64_t { LINEAR, GELU };
 enum Relative : int64_t { NONE, PRE, POST };
@@ -27,5 +30,9 @@ struct Op {
     float *sums;                            // DEPTHWISE writes each line's sum by channel, GATE reads them
     const float *squeeze, *squeeze_bias, *excite, *excite_bias;  // GATE
     float *made_scale, *made_bias;          // SCALE: by image and output channel
+    // Training (training.h): a map and its gradient; BatchNorm as a factor and a shift by channel; what gradients mix.
+    const char *gradient;
+    const float *factor, *shift, *gates, *mean_slopes, *mix;
+    float *weight_sums;
     char *out;
 };

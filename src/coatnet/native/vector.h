@@ -102,3 +102,15 @@ INLINE __m512 gelu(__m512 x) {
     for (int d = DEGREE - 1; d >= 0; d--) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(EXACT ? EVEN[d] : SHORT[d]));
     return _mm512_mul_ps(x, _mm512_fmadd_ps(p, within, _mm512_set1_ps(0.5f)));
 }
+
+// The derivative of GELU, Phi(x) + x phi(x), in the same way. Largest error 3e-4.
+INLINE __m512 gelu_slope(__m512 x) {
+    constexpr float ODD[] = {0.797353507f,    -0.263992439f,   0.057676262f,    -0.00839305178f, 0.00083697188f,
+                             -5.63420584e-05f, 2.43148242e-06f, -6.03691856e-08f, 6.52709663e-10f};
+    const __m512 within = _mm512_range_ps(x, _mm512_set1_ps(4.2f), 2);
+    const __m512 t = _mm512_mul_ps(within, within);
+    __m512 p = _mm512_set1_ps(ODD[8]);
+#pragma GCC unroll 8
+    for (int d = 7; d >= 0; d--) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(ODD[d]));
+    return _mm512_fmadd_ps(p, within, _mm512_set1_ps(0.5f));
+}

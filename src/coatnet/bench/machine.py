@@ -1,0 +1,163 @@
+"""What this machine can do: products in each precision, GELU, softmax, depthwise convolution, copying.
+
+A network cannot be faster than its products alone; the roofline adds the rest of its work at the machine's own rates,
+so that what remains is seen to be the program's.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coatnet import native
+from coatnet.config import ModelConfig
+from coatnet.layout import EXPANSION, count, unroll
+
+SIDE = 2048  # of the square products
+ROWS = 2044  # the kernels' tiles have 14 rows
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """The machine's rates in one precision, measured in one run; the best of the ways tried."""
+
+    products_gmacs_per_s: float
+    products_by: str
+    gelu_g_per_s: float  # elements
+    softmax_g_per_s: float
+    depthwise_gmacs_per_s: float
+    copy_gb_per_s: float  # read and written
+
+
+def measure_rates(precision: str, device: torch.device) -> Rates:
+    """Measure for so many threads as torch has."""
+    products = {"torch.mm": _mm_rate(precision, device), "1x1 convolution": _conv_rate(precision, device)}
+    if device.type == "cpu" and native.missing(precision) is None:
+        products["our kernel"] = _kernel_rate(precision)
+    best = max(products, key=lambda name: products[name])
+    x = torch.randn(16, 56, 56, 384, device=device, dtype=DTYPES[precision])
+    y, logits = torch.empty_like(x), torch.randn(96 * 196, 196, device=device, dtype=DTYPES[precision])
+    weight = torch.randn(384, 1, 3, 3, device=device, dtype=x.dtype)
+    maps = x.permute(0, 3, 1, 2)
+    return Rates(
+        products_gmacs_per_s=products[best],
+        products_by=best,
+        gelu_g_per_s=x.numel() / 1e9 / min(_best_s(lambda: F.gelu(x), device), _best_s(lambda: F.gelu(x, approximate="tanh"), device)),
+        softmax_g_per_s=logits.numel() / 1e9 / _best_s(lambda: logits.softmax(dim=1), device),
+        depthwise_gmacs_per_s=9 * x.numel() / 1e9 / _best_s(lambda: F.conv2d(maps, weight, padding=1, groups=384), device),
+        copy_gb_per_s=2 * x.nbytes / 1e9 / _best_s(lambda: y.copy_(x), device),
+    )
+
+
+def _best_s(call: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+    """Return the seconds of the fastest call: a limit is what was reached."""
+    times: list[float] = []
+    with torch.inference_mode():
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _mm_rate(precision: str, device: torch.device) -> float:
+    if precision == "int8":
+        a = torch.randint(-128, 127, (SIDE, SIDE), dtype=torch.int8, device=device)
+        product: Callable[[], Tensor] = lambda: torch._int_mm(a, a)  # noqa: E731, SLF001
+    else:
+        a = torch.randn(SIDE, SIDE, dtype=DTYPES[precision], device=device)
+        product = lambda: a @ a  # noqa: E731
+    return SIDE**3 / 1e9 / _best_s(product, device)
+
+
+def _conv_rate(precision: str, device: torch.device) -> float:
+    if precision == "int8":
+        return 0.0
+    x = torch.randn(1, SIDE, 64, 32, dtype=DTYPES[precision], device=device).to(memory_format=torch.channels_last)
+    weight = torch.randn(SIDE, SIDE, 1, 1, dtype=x.dtype, device=device).to(memory_format=torch.channels_last)
+    return SIDE**3 / 1e9 / _best_s(lambda: F.conv2d(x, weight), device)
+
+
+def _kernel_rate(precision: str) -> float:
+    """Time one product of our own: fp32 and bf16 into themselves, 8 bits into bf16."""
+    type_, out_type, size = {"fp32": ("FP32", "FP32", 4), "bf16": ("BF16", "BF16", 2), "int8": ("UINT8", "BF16", 1)}[precision]
+    a, w = (torch.zeros(SIDE * SIDE * size, dtype=torch.uint8) for _ in range(2))
+    out, zeros = torch.empty(SIDE * SIDE * 4, dtype=torch.uint8), torch.zeros(SIDE)
+    fields = {
+        "kind": native.KINDS["PRODUCT"], "type": native.TYPES[type_], "out_type": native.TYPES[out_type], "images": 1,
+        "lines": 1, "cells": ROWS, "depth": SIDE, "width": SIDE, "source_cell": SIDE * size, "segments": 1,
+        "out_cell": SIDE * (4 if out_type == "FP32" else 2), "source": a.data_ptr(), "weight": w.data_ptr(),
+        "out": out.data_ptr(), "bias": zeros.data_ptr(), "scale": zeros.data_ptr(),
+    }  # fmt: skip
+    ops = (native.Op * 1)(native.Op(**fields))
+    run: Callable[[], object] = lambda: native.run(ops, torch.get_num_threads())  # noqa: E731
+    return ROWS * SIDE**2 / 1e9 / _best_s(run, torch.device("cpu"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one image costs, in thousands of millions."""
+
+    gmacs: float
+    gelu_g: float
+    softmax_g: float
+    depthwise_gmacs: float
+    maps_g: float  # elements that go from one operation to the next, read and written once each
+
+
+def work_of(config: ModelConfig) -> Work:
+    """Count the work of a network on one image of its own size."""
+    stem = config.widths[0] * _cells(config.grids[0])
+    gelu, softmax, depthwise, maps = stem * (config.depths[0] - 1), 0, 0, 2.0 * stem * config.depths[0]
+    for block in unroll(config):
+        cells, hidden = _cells(block.grid), EXPANSION * block.out_dim
+        if block.kind == "C":
+            gelu += 2 * hidden * cells
+            depthwise += 9 * hidden * cells
+            maps += (4 * hidden + 2 * block.out_dim) * cells
+        else:
+            gelu += hidden * cells
+            softmax += block.out_dim // config.head_dim * cells**2
+            maps += (2 * hidden + 14 * block.out_dim) * cells
+    products = count(config).gmacs - depthwise / 1e9
+    return Work(gmacs=products, gelu_g=gelu / 1e9, softmax_g=softmax / 1e9, depthwise_gmacs=depthwise / 1e9, maps_g=maps / 1e9)
+
+
+def _cells(grid: tuple[int, int]) -> int:
+    return grid[0] * grid[1]
+
+
+def roofline(config: ModelConfig, rates: Rates, precision: str) -> dict[str, float]:
+    """Return the ms that each kind of work of one image takes at the machine's own rates."""
+    work = work_of(config)
+    map_bytes = {"fp32": 4, "bf16": 2, "int8": 1}[precision]
+    return {
+        "products": 1e3 * work.gmacs / rates.products_gmacs_per_s,
+        "gelu": 1e3 * work.gelu_g / rates.gelu_g_per_s,
+        "softmax": 1e3 * work.softmax_g / rates.softmax_g_per_s,
+        "depthwise": 1e3 * work.depthwise_gmacs / rates.depthwise_gmacs_per_s,
+        "copy": 1e3 * work.maps_g * map_bytes / rates.copy_gb_per_s,
+    }
+
+
+def median_rates(found: list[Rates]) -> Rates:
+    """Return the rates' medians, for a limit measured before, between and after."""
+    def middle(name: str) -> Any:
+        return statistics.median(getattr(rates, name) for rates in found)
+
+    best = max(found, key=lambda rates: rates.products_gmacs_per_s)
+    return Rates(
+        products_gmacs_per_s=middle("products_gmacs_per_s"), products_by=best.products_by,
+        gelu_g_per_s=middle("gelu_g_per_s"), softmax_g_per_s=middle("softmax_g_per_s"),
+        depthwise_gmacs_per_s=middle("depthwise_gmacs_per_s"), copy_gb_per_s=middle("copy_gb_per_s"),
+    )  # fmt: skip

@@ -1,0 +1,260 @@
+// What training does to the wide maps of MBConv, in as few passes over memory as the order of things allows. Maps are
+// bf16, (images, lines, cells, width). BatchNorm in training is a factor and a shift once its statistics are known; the
+// activations between two products are computed again where they are needed and never stored.
+//
+// Sums are written line by line, as (images * lines, 2, width), so that they do not depend on the number of threads.
+#pragma once
+#include <vector>
+
+#include "vector.h"
+#include "product.h"
+
+constexpr int64_t STRIP = 14;  // lines that a thread does in one go, with the line before and after computed again
+
+struct Line {
+    const Op& op;
+    int64_t pixels, bytes_;
+    explicit Line(const Op& op) : op(op), pixels(op.cells), bytes_(op.cells * op.width * 2) {}
+    const char* of(const char* map, int64_t line) const { return map + line * bytes_; }
+    char* of(char* map, int64_t line) const { return map + line * bytes_; }
+};
+
+INLINE __m512 by_channel(const float* values, int64_t c, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, values + c); }
+
+INLINE void keep_sums(const Op& op, int64_t line, int64_t c, __mmask16 mask, __m512 first, __m512 second) {
+    _mm512_mask_storeu_ps(op.sums + 2 * line * op.width + c, mask, first);
+    _mm512_mask_storeu_ps(op.sums + (2 * line + 1) * op.width + c, mask, second);
+}
+
+// MOMENTS: the sums of source and of its square.
+inline void moments(const Op& op, int64_t thread, int64_t threads) {
+    const Share share(op.images * op.lines, thread, threads);
+    const Line lines(op);
+    for (int64_t line = share.first; line < share.last; line++)
+        for (int64_t c = 0; c < op.width; c += 16) {
+            const __mmask16 mask = tail(op.width - c);
+            const char* at = lines.of(op.source, line) + 2 * c;
+            __m512 sum = _mm512_setzero_ps(), squares = sum;
+            for (int64_t x = 0; x < op.cells; x++, at += 2 * op.width) {
+                const __m512 h = load<BF16>(at, mask);
+                sum = _mm512_add_ps(sum, h);
+                squares = _mm512_fmadd_ps(h, h, squares);
+            }
+            keep_sums(op, line, c, mask, sum, squares);
+        }
+}
+
+// One line of numbers by (channel, pixel) within 3 lines that slide down a map: line y is at (y mod 3).
+struct Ring {
+    int64_t width, size;
+    std::vector<float> values;
+    Ring(int64_t cells, int64_t width) : width(width), size((cells + 2) * width), values(3 * size + 16) {}
+    float* line(int64_t y) { return values.data() + (y + 3) % 3 * size + width; }  // a pixel of zeros on either side
+    void clear(int64_t y) { std::fill_n(line(y) - width, size, 0.0f); }
+};
+
+// ACTED_DEPTHWISE: out = 3x3 depthwise convolution of gelu(factor * source + shift), and the moments of out.
+inline void acted_depthwise(const Op& op, int64_t thread, int64_t threads) {
+    const int64_t strips = (op.lines + STRIP - 1) / STRIP;
+    const Share share(op.images * strips, thread, threads);
+    const Line lines(op);
+    const float* weights = (const float*)op.weight;
+    Ring ring(op.cells, op.width);
+    auto fill = [&](int64_t image, int64_t y) {
+        if (y < 0 || y >= op.lines) return ring.clear(y);
+        const char* from = lines.of(op.source, image * op.lines + y);
+        float* to = ring.line(y);
+        for (int64_t x = 0; x < op.cells; x++)
+            for (int64_t c = 0; c < op.width; c += 16) {
+                const __mmask16 mask = tail(op.width - c);
+                const __m512 z = _mm512_fmadd_ps(load<BF16>(from + 2 * (x * op.width + c), mask),
+                                                 by_channel(op.factor, c, mask), by_channel(op.shift, c, mask));
+                _mm512_mask_storeu_ps(to + x * op.width + c, mask, gelu<false>(z));
+            }
+    };
+    for (int64_t unit = share.first; unit < share.last; unit++) {
+        const int64_t image = unit / strips, first = unit % strips * STRIP, last = std::min(first + STRIP, op.lines);
+        fill(image, first - 1);
+        fill(image, first);
+        for (int64_t y = first; y < last; y++) {
+            fill(image, y + 1);
+            const int64_t line = image * op.lines + y;
+            for (int64_t c = 0; c < op.width; c += 16) {
+                const __mmask16 mask = tail(op.width - c);
+                __m512 w[3][3], sum = _mm512_setzero_ps(), squares = sum;
+                for (int k = 0; k < 9; k++) w[k / 3][k % 3] = by_channel(weights + k * op.width, c, mask);
+                const float* at[3] = {ring.line(y - 1) + c, ring.line(y) + c, ring.line(y + 1) + c};
+                __m512 before = _mm512_setzero_ps(), here = before;
+                char* out = lines.of(op.out, line) + 2 * c;
+                for (int64_t x = 0; x <= op.cells; x++) {
+                    __m512 after = _mm512_setzero_ps();
+#pragma GCC unroll 3
+                    for (int k = 0; k < 3; k++) {
+                        const __m512 a = _mm512_maskz_loadu_ps(mask, at[k] + x * op.width);
+                        before = _mm512_fmadd_ps(a, w[k][2], before);
+                        here = _mm512_fmadd_ps(a, w[k][1], here);
+                        after = _mm512_fmadd_ps(a, w[k][0], after);
+                    }
+                    if (x) {
+                        store<BF16>(out + 2 * (x - 1) * op.width, before, mask);
+                        sum = _mm512_add_ps(sum, before);
+                        squares = _mm512_fmadd_ps(before, before, squares);
+                    }
+                    before = here;
+                    here = after;
+                }
+                keep_sums(op, line, c, mask, sum, squares);
+            }
+        }
+    }
+}
+
+// ACTED: out = gelu(factor * source + shift), and its sums (the second ones are 0).
+inline void acted(const Op& op, int64_t thread, int64_t threads) {
+    const Share share(op.images * op.lines, thread, threads);
+    const Line lines(op);
+    for (int64_t line = share.first; line < share.last; line++)
+        for (int64_t c = 0; c < op.width; c += 16) {
+            const __mmask16 mask = tail(op.width - c);
+            const __m512 factor = by_channel(op.factor, c, mask), shift = by_channel(op.shift, c, mask);
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t x = 0; x < op.cells; x++) {
+                const int64_t at = 2 * (x * op.width + c);
+                const __m512 a =
+                    gelu<false>(_mm512_fmadd_ps(load<BF16>(lines.of(op.source, line) + at, mask), factor, shift));
+                sum = _mm512_add_ps(sum, a);
+                store<BF16>(lines.of(op.out, line) + at, a, mask);
+            }
+            keep_sums(op, line, c, mask, sum, _mm512_setzero_ps());
+        }
+}
+
+// GATE_SLOPE: the sums of gradient * a, where a = gelu(factor * source + shift); the second ones are 0.
+inline void gate_slope(const Op& op, int64_t thread, int64_t threads) {
+    const Share share(op.images * op.lines, thread, threads);
+    const Line lines(op);
+    for (int64_t line = share.first; line < share.last; line++)
+        for (int64_t c = 0; c < op.width; c += 16) {
+            const __mmask16 mask = tail(op.width - c);
+            const __m512 factor = by_channel(op.factor, c, mask), shift = by_channel(op.shift, c, mask);
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t x = 0; x < op.cells; x++) {
+                const int64_t at = 2 * (x * op.width + c);
+                const __m512 a =
+                    gelu<false>(_mm512_fmadd_ps(load<BF16>(lines.of(op.source, line) + at, mask), factor, shift));
+                sum = _mm512_fmadd_ps(load<BF16>(lines.of(op.gradient, line) + at, mask), a, sum);
+            }
+            keep_sums(op, line, c, mask, sum, _mm512_setzero_ps());
+        }
+}
+
+// ACTED_SLOPE: with z = factor * source + shift, a = gelu(z): the gradient of z, (gradient * gate + mean_slope) *
+// gelu'(z), over the gradient itself; its sums, alone and times source; and out = a * gate.
+inline void acted_slope(const Op& op, int64_t thread, int64_t threads) {
+    const Share share(op.images * op.lines, thread, threads);
+    const Line lines(op);
+    for (int64_t line = share.first; line < share.last; line++) {
+        const int64_t image = line / op.lines;
+        for (int64_t c = 0; c < op.width; c += 16) {
+            const __mmask16 mask = tail(op.width - c);
+            const __m512 factor = by_channel(op.factor, c, mask), shift = by_channel(op.shift, c, mask);
+            const __m512 gate = by_channel(op.gates + image * op.width, c, mask);
+            const __m512 mean_slope = by_channel(op.mean_slopes + image * op.width, c, mask);
+            __m512 sum = _mm512_setzero_ps(), with_source = sum;
+            for (int64_t x = 0; x < op.cells; x++) {
+                const int64_t at = 2 * (x * op.width + c);
+                char* place = const_cast<char*>(lines.of(op.gradient, line)) + at;
+                const __m512 h = load<BF16>(lines.of(op.source, line) + at, mask);
+                const __m512 z = _mm512_fmadd_ps(h, factor, shift);
+                store<BF16>(lines.of(op.out, line) + at, _mm512_mul_ps(gelu<false>(z), gate), mask);
+                const __m512 slope =
+                    _mm512_mul_ps(_mm512_fmadd_ps(load<BF16>(place, mask), gate, mean_slope), gelu_slope(z));
+                sum = _mm512_add_ps(sum, slope);
+                with_source = _mm512_fmadd_ps(slope, h, with_source);
+                store<BF16>(place, slope, mask);
+            }
+            keep_sums(op, line, c, mask, sum, with_source);
+        }
+    }
+}
+
+// DEPTHWISE_SLOPE: the way back through ACTED_DEPTHWISE. The gradient of its output is mix0 * gradient + mix1 * residual
+// + mix2 (BatchNorm's backward; `residual` is that output). Gives the gradient of z = factor * source + shift, its sums,
+// alone and times source, and those of the weights, (strips, 9, width).
+inline void depthwise_slope(const Op& op, int64_t thread, int64_t threads) {
+    const int64_t strips = (op.lines + STRIP - 1) / STRIP;
+    const Share share(op.images * strips, thread, threads);
+    const Line lines(op);
+    const float* weights = (const float*)op.weight;
+    Ring ring(op.cells, op.width);
+    auto fill = [&](int64_t image, int64_t y) {
+        if (y < 0 || y >= op.lines) return ring.clear(y);
+        const int64_t line = image * op.lines + y;
+        for (int64_t x = 0; x < op.cells; x++)
+            for (int64_t c = 0; c < op.width; c += 16) {
+                const __mmask16 mask = tail(op.width - c);
+                const int64_t at = 2 * (x * op.width + c);
+                __m512 g = _mm512_fmadd_ps(load<BF16>(lines.of(op.gradient, line) + at, mask), by_channel(op.mix, c, mask),
+                                           by_channel(op.mix + 2 * op.width, c, mask));
+                g = _mm512_fmadd_ps(load<BF16>(lines.of(op.residual, line) + at, mask),
+                                    by_channel(op.mix + op.width, c, mask), g);
+                _mm512_mask_storeu_ps(ring.line(y) + x * op.width + c, mask, g);
+            }
+    };
+    for (int64_t unit = share.first; unit < share.last; unit++) {
+        const int64_t image = unit / strips, first = unit % strips * STRIP, last = std::min(first + STRIP, op.lines);
+        float* weight_sums = op.weight_sums + unit * 9 * op.width;
+        std::fill_n(weight_sums, 9 * op.width, 0.0f);
+        fill(image, first - 1);
+        fill(image, first);
+        for (int64_t y = first; y < last; y++) {
+            fill(image, y + 1);
+            const int64_t line = image * op.lines + y;
+            for (int64_t c = 0; c < op.width; c += 16) {
+                const __mmask16 mask = tail(op.width - c);
+                const __m512 factor = by_channel(op.factor, c, mask), shift = by_channel(op.shift, c, mask);
+                __m512 w[9], dw[9], sum = _mm512_setzero_ps(), with_source = sum;
+#pragma GCC unroll 9
+                for (int k = 0; k < 9; k++) {
+                    w[k] = by_channel(weights + k * op.width, c, mask);
+                    dw[k] = by_channel(weight_sums + k * op.width, c, mask);
+                }
+                for (int64_t x = 0; x < op.cells; x++) {
+                    const int64_t at = 2 * (x * op.width + c);
+                    const __m512 h = load<BF16>(lines.of(op.source, line) + at, mask);
+                    const __m512 z = _mm512_fmadd_ps(h, factor, shift);
+                    const __m512 a = gelu<false>(z);
+                    __m512 slope = _mm512_setzero_ps();
+#pragma GCC unroll 9
+                    for (int k = 0; k < 9; k++) {  // this pixel went into output (y - ky + 1, x - kx + 1)
+                        const float* from = ring.line(y - k / 3 + 1) + (x - k % 3 + 1) * op.width + c;
+                        const __m512 g = _mm512_maskz_loadu_ps(mask, from);
+                        slope = _mm512_fmadd_ps(g, w[k], slope);
+                        dw[k] = _mm512_fmadd_ps(g, a, dw[k]);
+                    }
+                    slope = _mm512_mul_ps(slope, gelu_slope(z));
+                    sum = _mm512_add_ps(sum, slope);
+                    with_source = _mm512_fmadd_ps(slope, h, with_source);
+                    store<BF16>(lines.of(op.out, line) + at, slope, mask);
+                }
+#pragma GCC unroll 9
+                for (int k = 0; k < 9; k++) _mm512_mask_storeu_ps(weight_sums + k * op.width + c, mask, dw[k]);
+                keep_sums(op, line, c, mask, sum, with_source);
+            }
+        }
+    }
+}
+
+// MIXED: out = mix0 * gradient + mix1 * source + mix2, which may lie over the gradient.
+inline void mixed(const Op& op, int64_t thread, int64_t threads) {
+    const Share share(op.images * op.lines * op.cells, thread, threads);
+    for (int64_t pixel = share.first; pixel < share.last; pixel++)
+        for (int64_t c = 0; c < op.width; c += 16) {
+            const __mmask16 mask = tail(op.width - c);
+            const int64_t at = 2 * (pixel * op.width + c);
+            __m512 g = _mm512_fmadd_ps(load<BF16>(op.gradient + at, mask), by_channel(op.mix, c, mask),
+                                       by_channel(op.mix + 2 * op.width, c, mask));
+            g = _mm512_fmadd_ps(load<BF16>(op.source + at, mask), by_channel(op.mix + op.width, c, mask), g);
+            store<BF16>(op.out + at, g, mask);
+        }
+}
