@@ -4,8 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell ($(PYTHON) --version; cat pyproject.toml constraints.txt setup.py src/coatnet/native/*.h src/coatnet/native/*.cpp) | cksum | cut -d' ' -f1)
 DEMO := demo
+LETTERS := letters
+LETTERS_RECIPE := --batch-size 128 --flip-rate 0 --stochastic-depth 0 --mixup 0 --cutmix 0 --peak-lr 1e-3 --ema-decay 0
 
-.PHONY: demo test test-slow check format clean
+BENCH_READY := $(VENV)/.bench-ready
+
+.PHONY: demo bench bench-growth bench-int8 test test-slow check format clean
 
 $(READY):
 	$(BIN)/python --version 2>&1 | grep -qxF "$$($(PYTHON) --version)" || $(PYTHON) -m venv --clear $(VENV)
@@ -20,6 +24,27 @@ demo: $(READY)  ## train on 4,000 real pictures, evaluate, predict
 	$(BIN)/coatnet eval $(DEMO)/run $(DEMO)/pictures
 	$(BIN)/coatnet predict $(DEMO)/run '$(DEMO)/pictures/test/*/000*0.png' --k 1
 	@echo "Open $(DEMO)/run/report.html in a browser."
+
+$(BENCH_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
+
+bench: $(BENCH_READY)  ## the table of docs/results.md, in under 20 minutes of 2 quiet cores
+	$(BIN)/coatnet bench infer --out results/bench_infer.json
+	$(BIN)/coatnet bench train --out results/bench_train.json
+	$(BIN)/coatnet bench data --commands --out results/bench_data.json
+	$(BIN)/python tools/write_results.py
+
+bench-growth: $(BENCH_READY)  ## the growth plots
+	$(BIN)/coatnet bench growth --out results/bench_growth.json --plot docs/growth.png
+	$(BIN)/python tools/write_results.py
+
+bench-int8: $(BENCH_READY)  ## train coatnet_0 on letters of the system's typefaces, then compare int8 with fp32
+	$(BIN)/python tools/draw_letters.py $(LETTERS)/pictures --train 8 --test 10
+	$(BIN)/coatnet train $(LETTERS)/pictures --out $(LETTERS)/run64 --overwrite --model coatnet_0 --image-size 64 --max-time 9m $(LETTERS_RECIPE)
+	$(BIN)/coatnet train $(LETTERS)/pictures --out $(LETTERS)/run224 --overwrite --init $(LETTERS)/run64 --image-size 224 --max-time 5m --flip-rate 0
+	$(BIN)/coatnet bench agreement $(LETTERS)/run224 $(LETTERS)/pictures --out results/bench_agreement.json
+	$(BIN)/python tools/write_results.py
 
 test: check  ## the whole suite but the slow part
 	$(BIN)/python -m pytest -m 'not slow'
@@ -37,4 +62,4 @@ format: $(READY)
 	$(BIN)/ruff check --fix src tests tools
 
 clean:
-	rm -rf $(VENV) $(DEMO) runs build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) $(LETTERS) runs build src/coatnet/native/*.so .pytest_cache .ruff_cache .hypothesis

@@ -14,6 +14,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from speed_tables import limits_section, speed_section
+
 from coatnet.family_table import rows
 
 ROOT = Path(__file__).parent.parent
@@ -23,11 +25,12 @@ NUM_SEEDS_WANTED = 3
 
 def main() -> None:
     """Write, or check, every generated text."""
-    groups = group_trainings(read_records())
+    records = read_records()
+    groups = group_trainings(records)
     repeated = {key: group for key, group in groups.items() if len(group) >= NUM_SEEDS_WANTED}
     readme = fill((ROOT / "README.md").read_text(), "family", family_table())
     readme = fill(readme, "measured", training_table(repeated))
-    texts = {ROOT / "README.md": readme, ROOT / "docs" / "results.md": results_page(groups)}
+    texts = {ROOT / "README.md": readme, ROOT / "docs" / "results.md": results_page(groups, records)}
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
     if "--check" in sys.argv:
         sys.exit(f"out of date: {', '.join(path.name for path in stale)}" if stale else 0)
@@ -110,9 +113,10 @@ def training_table(groups: dict[str, list[Record]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def results_page(groups: dict[str, list[Record]]) -> str:
+def results_page(groups: dict[str, list[Record]], records: list[Record]) -> str:
     """Return docs/results.md."""
     parts = ["# Results\n", "Written by `python tools/write_results.py` from the records under `results/`.\n"]
+    parts += [speed_section(records), limits_section(records)]
     parts += ["## Trainings\n", training_table(groups)]
     parts += [f"Fewer than {NUM_SEEDS_WANTED} seeds make no claim: such a run only stands behind a picture.\n"]
     for group in groups.values():

@@ -38,7 +38,9 @@ app = App(
 STOPPED = 130  # exit status after Ctrl-C, as shells have it
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object instead of text.")]
-Precision = Annotated[Literal["fp32", "bf16"], Parameter(help="bf16 is faster where the processor has it; answers move a little.")]
+Precision = Annotated[
+    Literal["fp32", "bf16"], Parameter(help="bf16 is faster where the processor has it; answers move a little.")
+]
 Device = Annotated[str, Parameter(help="cpu, cuda, cuda:0, mps, or auto for the best at hand.")]
 
 
@@ -315,7 +317,7 @@ def infer(
     from coatnet.bench.command import measure, parse_choices, parse_counts, parse_device, parse_libraries, parse_model
     from coatnet.bench.infer import bench_infer
 
-    wanted = {
+    wanted: dict[str, Any] = {
         "config": parse_model(model), "image_size": parse_size(image_size) if image_size else None,
         "batches": parse_counts(batch), "precisions": parse_choices(dtype, ("fp32", "bf16", "int8")),
         "libraries": parse_libraries(against), "device": parse_device(device),
@@ -345,7 +347,7 @@ def bench_train_command(
     from coatnet.bench.command import measure, parse_device, parse_libraries, parse_model
     from coatnet.bench.train import bench_train
 
-    wanted = {
+    wanted: dict[str, Any] = {
         "config": parse_model(model), "image_size": parse_size(image_size) if image_size else None, "batch": batch,
         "precision": dtype, "libraries": parse_libraries(against), "device": parse_device(device),
     }  # fmt: skip
@@ -406,6 +408,36 @@ def growth(
     record = measure("growth", lambda: [bench_growth(parse_model(model), dtype)], threads=threads, out=out, quiet=json)
     if plot is not None:
         draw_growth(record["figures"]["rows"][0], plot)
+    if json:
+        print_json(record)
+
+
+@bench.command
+def agreement(
+    run: Path,
+    data: str,
+    *,
+    dtype: str = "bf16,int8",
+    threads: Threads = 0,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Measure how often a trained model answers as in fp32, and what accuracy that costs, on the test part.
+
+    Example: coatnet bench agreement runs/PICTURES PICTURES
+
+    Parameters
+    ----------
+    run: Path
+        Run folder or model folder.
+    data: str
+        Folder with train/ (int8 is calibrated on some of it) and test/.
+    """
+    from coatnet.bench.agreement import bench_agreement
+    from coatnet.bench.command import measure, parse_choices
+
+    precisions = parse_choices(dtype, ("bf16", "int8"))
+    record = measure("agreement", lambda: bench_agreement(run, data, precisions), threads=threads, out=out, quiet=json)
     if json:
         print_json(record)
 

@@ -45,7 +45,7 @@ def rms(error: Tensor) -> float:
 
 
 def test_kernels_are_here():
-    """Where this suite runs with a compiler and AVX-512, the kernels must have been built: else the others say nothing."""
+    """Where the kernels were built they are used; where they were not, the skip says why."""
     if native.missing("fp32") is not None:
         pytest.skip(f"no kernels: {native.missing('fp32')}")
     assert coatnet.optimize(NETWORKS["CCTT"]).engine == "native"
@@ -182,7 +182,9 @@ def test_bad_requests(asked: dict[str, Any], said: str):
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 8, 8).byte()], ids=str)
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 8, 8).byte()], ids=str
+)
 def test_bad_images(bad: Tensor):
     with pytest.raises(ConfigError):
         coatnet.optimize(NETWORKS["CCTT"])(bad)

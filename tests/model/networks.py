@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coatnet.bench.weights import scramble
 from coatnet.config import ModelConfig, Size
 from coatnet.model.network import CoAtNet
-from coatnet.bench.weights import scramble
 
 BASE = ModelConfig(depths=(2, 1, 1, 2, 1), widths=(4, 8, 8, 16, 16), head_dim=8, num_classes=5, image_size=(32, 48))
 KINDS: dict[str, dict[str, Any]] = {

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from coatnet.bench.weights import scramble
 from coatnet.config import ModelConfig, Size
 from coatnet.layout import BlockSpec
 from coatnet.model.attention import RelativeBias, Transformer
 from coatnet.model.mbconv import MBConv
 from coatnet.model.network import CoAtNet
 from parity.reference import Plain, resize_bilinear
-from coatnet.bench.weights import scramble
 
 SIZES = [(1, 1), (7, 7), (5, 9)]  # one cell, square, oblong
 ROUNDING = 1e-10  # of float64, over the largest value of a tensor

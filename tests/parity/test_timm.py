@@ -15,11 +15,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from coatnet.bench.weights import scramble
 from coatnet.config import ModelConfig
 from coatnet.model.layers import BATCH_NORM_EPS, LAYER_NORM_EPS
 from coatnet.model.network import CoAtNet
 from coatnet.zoo import ZOO
-from coatnet.bench.weights import scramble
 
 PAPERS_CHOICES = {
     "conv_stride_mode": "1x1",

@@ -88,6 +88,13 @@ def show(row: dict[str, Any]) -> None:
         for name, factor in row["steeper"].items():
             console.print(f"{name}: time a multiply-add grows {factor:.2f} times at most ({row['allowed']} allowed)")
         return
+    if "agreement_percent" in row:
+        low, high = row["agreement_interval"]
+        console.print(
+            f"agrees with fp32 on {row['agreement_percent']:.2f} % ({low:.2f} to {high:.2f}) of {row['n']} pictures; "
+            f"top-1 {row['top1_percent']:.2f} %, fp32 {row['fp32_top1_percent']:.2f} %"
+        )
+        return
     table = Table()
     for heading in ("", "images/s", "ms, quartiles", "peak MiB", "% of limit"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -97,12 +104,19 @@ def show(row: dict[str, Any]) -> None:
         memory = row.get("peak_memory_mib", {}).get(name)
         share = row.get("percent_of_limit", {}).get(name)
         table.add_row(
-            name, f"{rate:.2f}", spread, "-" if memory is None else f"{memory:.0f}", "-" if share is None else f"{share:.0f}"
+            name,
+            f"{rate:.2f}",
+            spread,
+            "-" if memory is None else f"{memory:.0f}",
+            "-" if share is None else f"{share:.0f}",
         )
     console.print(table)
     if row["ratio"]:
         found = row["ratio"]
-        console.print(f"ratio to {row['best_peer']}: [bold]{found['median']:.2f}[/bold] ({found['low']:.2f} to {found['high']:.2f})")
+        console.print(
+            f"ratio to {row['best_peer']}: [bold]{found['median']:.2f}[/bold] "
+            f"({found['low']:.2f} to {found['high']:.2f})"
+        )
     for name, memory in row.get("peak_memory_mib", {}).items():
         if name not in row["images_per_s"]:
             console.print(f"{name}: peak {memory:.0f} MiB" if memory else f"{name}: peak memory not known")
@@ -111,5 +125,6 @@ def show(row: dict[str, Any]) -> None:
         rates = row["rates"]
         console.print(
             f"limit by products {row['limit_images_per_s']:.1f} images/s "
-            f"({2 * rates['products_gmacs_per_s']:.0f} GFLOP/s by {rates['products_by']}); roofline, ms an image: {parts}"
+            f"({2 * rates['products_gmacs_per_s']:.0f} GFLOP/s by {rates['products_by']}); "
+            f"roofline, ms an image: {parts}"
         )

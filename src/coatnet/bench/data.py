@@ -61,7 +61,7 @@ def draw_folder(folder: Path, height: int, width: int, count: int, num_classes: 
 
 
 def bench_data(*, rounds: int = 5, turn_s: float = 1.0) -> list[dict[str, Any]]:
-    """Measure decode, RandomResizedCrop 224 and flip of each size on one core: ours against ImageFolder's PIL pipeline."""
+    """Measure decode, RandomResizedCrop 224 and flip on one core: ours against ImageFolder's PIL pipeline."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
@@ -128,12 +128,13 @@ with torch.inference_mode():
 TIMM_EVAL = """
 import sys, time, torch, timm, openvino, numpy
 from timm.data import create_dataset, create_loader
-model = openvino.Core().compile_model(sys.argv[1], 'CPU', {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'bf16',
-                                      'INFERENCE_NUM_THREADS': int(sys.argv[3])})
+settings = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'bf16',
+            'INFERENCE_NUM_THREADS': int(sys.argv[3])}
+model = openvino.Core().compile_model(sys.argv[1], 'CPU', settings)
 request = model.create_infer_request()
 data = create_dataset('', root=sys.argv[2])
-loader = create_loader(data, 224, 16, use_prefetcher=False, num_workers=int(sys.argv[4]), crop_pct=0.875, interpolation='bicubic',
-                       persistent_workers=False)
+loader = create_loader(data, 224, 16, use_prefetcher=False, num_workers=int(sys.argv[4]), crop_pct=0.875,
+                       interpolation='bicubic', persistent_workers=False)
 right = 0
 for images, targets in loader:
     right += int((request.infer([images.numpy()])[0].argmax(1) == targets.numpy()).sum())
@@ -173,17 +174,27 @@ def _first_prediction(config: ModelConfig, folder: Path, picture: Path, rounds: 
 def _evaluation(folder: Path, pictures: Path, num_images: int, rounds: int) -> dict[str, Any]:
     """Compare in bf16, timm's loader feeding timm's network in OpenVINO: its best path by `bench infer`."""
     import_peer("openvino")
+    import openvino
+
     from coatnet.bench.peers import timm_twin
     from coatnet.classifier import load
     from coatnet.fast.openvino_form import convert
-
-    import openvino
 
     model = convert(timm_twin(load(folder / "model").network), (3, PX, PX))
     model.reshape([-1, 3, PX, PX])
     openvino.save_model(model, folder / "timm.xml", compress_to_fp16=False)
     threads = str(torch.get_num_threads())
-    ours = [sys.executable, "-m", "coatnet", "eval", str(folder / "model"), str(pictures), "--precision", "bf16", "--json"]
+    ours = [
+        sys.executable,
+        "-m",
+        "coatnet",
+        "eval",
+        str(folder / "model"),
+        str(pictures),
+        "--precision",
+        "bf16",
+        "--json",
+    ]
     calls = {"coatnet eval": _command(ours)}
     for workers in ("0", "1"):  # the better of the two is timm's figure
         theirs = [sys.executable, "-c", TIMM_EVAL, str(folder / "timm.xml"), str(pictures), threads, workers]
@@ -204,4 +215,3 @@ def _command(words: list[str]) -> Callable[[], object]:
             raise CoatnetError(f"{' '.join(words[:4])} failed: {(done.stderr.strip() or 'silently').splitlines()[-1]}")
 
     return call
-

@@ -53,7 +53,9 @@ def bench_growth(config: ModelConfig, precision: Precision, *, rounds: int = 3, 
     }  # fmt: skip
 
 
-def _curve(rows: Sequence[tuple[str, ModelConfig, int]], precision: Precision, rounds: int, turn_s: float) -> list[Point]:
+def _curve(
+    rows: Sequence[tuple[str, ModelConfig, int]], precision: Precision, rounds: int, turn_s: float
+) -> list[Point]:
     calls: dict[str, Any] = {}
     made: dict[ModelConfig, Any] = {}
     for label, config, batch in rows:

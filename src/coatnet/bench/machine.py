@@ -50,9 +50,14 @@ def measure_rates(precision: str, device: torch.device) -> Rates:
     return Rates(
         products_gmacs_per_s=products[best],
         products_by=best,
-        gelu_g_per_s=x.numel() / 1e9 / min(_best_s(lambda: F.gelu(x), device), _best_s(lambda: F.gelu(x, approximate="tanh"), device)),
+        gelu_g_per_s=x.numel()
+        / 1e9
+        / min(_best_s(lambda: F.gelu(x), device), _best_s(lambda: F.gelu(x, approximate="tanh"), device)),
         softmax_g_per_s=logits.numel() / 1e9 / _best_s(lambda: logits.softmax(dim=1), device),
-        depthwise_gmacs_per_s=9 * x.numel() / 1e9 / _best_s(lambda: F.conv2d(maps, weight, padding=1, groups=384), device),
+        depthwise_gmacs_per_s=9
+        * x.numel()
+        / 1e9
+        / _best_s(lambda: F.conv2d(maps, weight, padding=1, groups=384), device),
         copy_gb_per_s=2 * x.nbytes / 1e9 / _best_s(lambda: y.copy_(x), device),
     )
 
@@ -73,7 +78,7 @@ def _best_s(call: Callable[[], object], device: torch.device, repeats: int = 7) 
 def _mm_rate(precision: str, device: torch.device) -> float:
     if precision == "int8":
         a = torch.randint(-128, 127, (SIDE, SIDE), dtype=torch.int8, device=device)
-        product: Callable[[], Tensor] = lambda: torch._int_mm(a, a)  # noqa: E731, SLF001
+        product: Callable[[], Tensor] = lambda: torch._int_mm(a, a)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]  # noqa: E731
     else:
         a = torch.randn(SIDE, SIDE, dtype=DTYPES[precision], device=device)
         product = lambda: a @ a  # noqa: E731
@@ -90,7 +95,9 @@ def _conv_rate(precision: str, device: torch.device) -> float:
 
 def _kernel_rate(precision: str) -> float:
     """Time one product of our own: fp32 and bf16 into themselves, 8 bits into bf16."""
-    type_, out_type, size = {"fp32": ("FP32", "FP32", 4), "bf16": ("BF16", "BF16", 2), "int8": ("UINT8", "BF16", 1)}[precision]
+    type_, out_type, size = {"fp32": ("FP32", "FP32", 4), "bf16": ("BF16", "BF16", 2), "int8": ("UINT8", "BF16", 1)}[
+        precision
+    ]
     a, w = (torch.zeros(SIDE * SIDE * size, dtype=torch.uint8) for _ in range(2))
     out, zeros = torch.empty(SIDE * SIDE * 4, dtype=torch.uint8), torch.zeros(SIDE)
     fields = {
@@ -130,7 +137,9 @@ def work_of(config: ModelConfig) -> Work:
             softmax += block.out_dim // config.head_dim * cells**2
             maps += (2 * hidden + 14 * block.out_dim) * cells
     products = count(config).gmacs - depthwise / 1e9
-    return Work(gmacs=products, gelu_g=gelu / 1e9, softmax_g=softmax / 1e9, depthwise_gmacs=depthwise / 1e9, maps_g=maps / 1e9)
+    return Work(
+        gmacs=products, gelu_g=gelu / 1e9, softmax_g=softmax / 1e9, depthwise_gmacs=depthwise / 1e9, maps_g=maps / 1e9
+    )
 
 
 def _cells(grid: tuple[int, int]) -> int:
@@ -152,6 +161,7 @@ def roofline(config: ModelConfig, rates: Rates, precision: str) -> dict[str, flo
 
 def median_rates(found: list[Rates]) -> Rates:
     """Return the rates' medians, for a limit measured before, between and after."""
+
     def middle(name: str) -> Any:
         return statistics.median(getattr(rates, name) for rates in found)
 

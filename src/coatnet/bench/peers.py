@@ -74,7 +74,9 @@ def timms_weights(model: CoAtNet, theirs: dict[str, Tensor]) -> dict[str, Tensor
     for name, value in model.state_dict().items():
         target = timms_name(name, theirs)
         if target not in theirs or target in found:
-            raise ConfigError(f"{model.config.name}: our {name} is no weight of timm's. Name a network of timm's plain rows.")
+            raise ConfigError(
+                f"{model.config.name}: our {name} is no weight of timm's. Name a network of timm's plain rows."
+            )
         if name.endswith("table"):
             value = value.flatten(1).T
         elif ".qkv." in name:
@@ -92,7 +94,10 @@ def timm_twin(model: CoAtNet, **changes: Any) -> nn.Module:
     config = model.config
     try:
         twin = timm.create_model(
-            f"{config.name}_224", img_size=config.image_size, num_classes=config.num_classes, **{**PAPERS_CHOICES, **changes}
+            f"{config.name}_224",
+            img_size=config.image_size,
+            num_classes=config.num_classes,
+            **{**PAPERS_CHOICES, **changes},
         )
     except RuntimeError:
         raise ConfigError(f"timm has no {config.name}. It has coatnet_0 to coatnet_5.") from None
@@ -112,7 +117,9 @@ def import_peer(name: str) -> Any:
             warnings.simplefilter("ignore")  # what others' packages warn of is not ours to mend
             return __import__(name)
     except ImportError:
-        raise ConfigError(f"{name} is not installed. pip install 'coatnet[bench]', or leave it out of --against.") from None
+        raise ConfigError(
+            f"{name} is not installed. pip install 'coatnet[bench]', or leave it out of --against."
+        ) from None
 
 
 Forward = Callable[[Tensor], Tensor]
@@ -172,7 +179,7 @@ def _onnxruntime(twin: nn.Module, images: Tensor) -> Forward:
         program = torch.onnx.export(copy.deepcopy(twin), (images,), dynamo=True, verbose=False)
         content = io.BytesIO()
         assert program is not None
-        program.save(content)
+        program.save(content)  # pyright: ignore[reportArgumentType]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content.getvalue(), options, providers=["CPUExecutionProvider"])

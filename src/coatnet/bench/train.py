@@ -1,4 +1,4 @@
-"""`coatnet bench train`: one update of ours against one of timm's, eager and compiled, and the memory that each takes."""
+"""`coatnet bench train`: one update of ours against one of timm's, eager and compiled, and the memory of each."""
 
 from __future__ import annotations
 

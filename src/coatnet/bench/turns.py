@@ -35,7 +35,7 @@ class Ratio:
 
 
 def take_turns(contenders: Mapping[str, Callable[[], object]], *, rounds: int, turn_s: float) -> dict[str, Timing]:
-    """Call each for `turn_s` seconds, and at least once, in each of the rounds; its first call of a turn is not timed."""
+    """Call each for `turn_s` seconds, at least once, in each of the rounds; the first call of a turn is not timed."""
     turns: dict[str, list[list[float]]] = {name: [] for name in contenders}
     stderr = Console(stderr=True)
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:

@@ -125,7 +125,10 @@ def _decode_jpeg(data: bytes, image: Image.Image, orientation: int, min_side: in
     part = next((part for part in (8, 4, 2) if 0 < min_side <= min(image.size) / part), 1)
     try:
         return simplejpeg.decode_jpeg(
-            data, "RGB", min_height=-(-height // part) if part > 1 else 0, min_width=-(-width // part) if part > 1 else 0
+            data,
+            "RGB",
+            min_height=-(-height // part) if part > 1 else 0,
+            min_width=-(-width // part) if part > 1 else 0,
         )
     except ValueError:
         return None

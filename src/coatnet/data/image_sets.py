@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from coatnet.data.decode import decode, MinSide, Pixels, read_size
+from coatnet.data.decode import MinSide, Pixels, decode, read_size
 from coatnet.data.draws import IntArray
 
 

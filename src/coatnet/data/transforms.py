@@ -61,11 +61,13 @@ class Augmentation:
         """Augment the picture that `read` gives, which may come shrunk as far as what will be seen of it allows."""
         config = self.config
         flip = rng.random() < config.flip_rate
-        seen: list[tuple[int, int, int, int, int, int]] = []  # the box, and the size that it is a part of
+        seen: list[tuple[Box, tuple[int, int]]] = []  # the box, and the size that it is a part of
 
         def min_side(size: tuple[int, int]) -> int:
-            box = random_box(size, config.crop_min_scale, rng) if config.crop == "random_resized" else (0, 0, *size)
-            seen.append((*box, *size))
+            box: Box = (0, 0, size[0], size[1])
+            if config.crop == "random_resized":
+                box = random_box(size, config.crop_min_scale, rng)
+            seen.append((box, size))
             return math.ceil(min(size) * max(self.size[0] / box[2], self.size[1] / box[3]))
 
         image = read(min_side)
@@ -101,9 +103,10 @@ class Augmentation:
         return int(draw * (2 * pad + 1)) - pad
 
 
-def _cut(image: Pixels, top: int, left: int, height: int, width: int, full_height: int, full_width: int) -> Pixels:
-    """Cut a box of the full-size picture out of one that may have come shrunk."""
-    y, x = image.shape[0] / full_height, image.shape[1] / full_width
+def _cut(image: Pixels, box: Box, size: tuple[int, int]) -> Pixels:
+    """Cut a box of a picture of that size out of what may have come shrunk."""
+    top, left, height, width = box
+    y, x = image.shape[0] / size[0], image.shape[1] / size[1]
     rows = slice(round(top * y), max(round(top * y) + 1, round((top + height) * y)))
     return image[rows, round(left * x) : max(round(left * x) + 1, round((left + width) * x))]
 

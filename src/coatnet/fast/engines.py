@@ -22,7 +22,9 @@ from coatnet.model.network import CoAtNet
 
 LOG = logging.getLogger("coatnet")
 KEPT_SIZES = 4  # batches and image sizes that an engine stays ready for
-CHUNK_PIXELS = 4 * 224 * 224  # computed at once: maps of more images fall out of the caches, of fewer weights are read more
+CHUNK_PIXELS = (
+    4 * 224 * 224
+)  # computed at once: maps of more images fall out of the caches, of fewer weights are read more
 
 
 class OptimizedModel(ABC):
@@ -133,7 +135,9 @@ def _choose(
     model: nn.Module, precision: Precision, calibration: Tensor | Iterable[Tensor] | None, *, may_compile: bool
 ) -> OptimizedModel:
     if not isinstance(model, CoAtNet):
-        raise ConfigError(f"A {type(model).__name__} cannot be optimized. Give a network of coatnet.create_model or load.")
+        raise ConfigError(
+            f"A {type(model).__name__} cannot be optimized. Give a network of coatnet.create_model or load."
+        )
     if precision not in get_args(Precision):
         raise ConfigError(f"precision is {precision!r}. It must be one of {', '.join(get_args(Precision))}.")
     batches = _batches(model, precision, calibration)
@@ -162,7 +166,7 @@ def _by_libraries(
         except ImportError as error:
             notes.append(f"no OpenVINO ({error.name} is not installed: pip install 'coatnet[openvino]')")
     if precision == "int8":
-        precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # pyright: ignore  # noqa: SLF001
+        precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # pyright: ignore
     compiler = may_compile and _has_compiler()
     if may_compile and not compiler:
         notes.append("no C++ compiler for torch.compile")

@@ -22,11 +22,12 @@ def fold(network: CoAtNet) -> CoAtNet:
     _fold_sequence(folded.s0)
     for block in folded.blocks:
         if isinstance(block, MBConv) and isinstance(block.norm, nn.BatchNorm2d):
-            block.expand = _after(block.norm, block.expand)
-            block.expand = _before(block.expand, block.expand_norm)
+            assert isinstance(block.expand_norm, nn.BatchNorm2d)
+            assert isinstance(block.depthwise_norm, nn.BatchNorm2d)
+            block.expand = _before(_after(block.norm, block.expand), block.expand_norm)
             block.depthwise = _before(block.depthwise, block.depthwise_norm)
             block.norm = block.expand_norm = block.depthwise_norm = nn.Identity()
-    return folded
+    return folded.float()
 
 
 def _fold_sequence(stem: nn.Module) -> None:
@@ -34,42 +35,49 @@ def _fold_sequence(stem: nn.Module) -> None:
     for name, norm in list(stem.named_children()):
         if isinstance(norm, nn.BatchNorm2d):
             before = str(int(name) - 1)
-            stem.set_submodule(before, _before(stem.get_submodule(before), norm))
+            conv = stem.get_submodule(before)
+            assert isinstance(conv, nn.Conv2d)
+            stem.set_submodule(before, _before(conv, norm))
             stem.set_submodule(name, nn.Identity())
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Return what a BatchNorm does in evaluation: factor and shift by channel, float64."""
     state = {name: value.double() for name, value in norm.state_dict().items()}
     factor = state["weight"] * (state["running_var"] + norm.eps).rsqrt()
     return factor, state["bias"] - state["running_mean"] * factor
 
 
-def _before(conv: nn.Module, norm: nn.Module) -> nn.Conv2d:
+def _before(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """Fold a BatchNorm into the convolution before it."""
     factor, shift = _affine(norm)
     return _with(conv, conv.weight.double() * factor[:, None, None, None], _bias(conv) * factor + shift)
 
 
-def _after(norm: nn.Module, conv: nn.Module) -> nn.Conv2d:
+def _after(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
     """Fold a BatchNorm into the 1x1 convolution after it."""
     factor, shift = _affine(norm)
     weight = conv.weight.double()
     return _with(conv, weight * factor[:, None, None], _bias(conv) + weight.flatten(1) @ shift)
 
 
-def _bias(conv: nn.Module) -> Tensor:
-    return torch.zeros(conv.out_channels, dtype=torch.float64, device=conv.weight.device) if conv.bias is None else (
-        conv.bias.double()
-    )
+def _bias(conv: nn.Conv2d) -> Tensor:
+    if conv.bias is not None:
+        return conv.bias.double()
+    return conv.weight.new_zeros(conv.out_channels, dtype=torch.float64)
 
 
-def _with(conv: nn.Module, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """Return a convolution of the same geometry with these float64 weights, rounded once to float32."""
+def _with(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """Return a convolution of the same geometry with these weights, in float64 so that a second fold loses nothing."""
     made = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups,
-        device=weight.device,
+        conv.in_channels, conv.out_channels, _pair(conv.kernel_size), _pair(conv.stride), conv.padding,  # pyright: ignore[reportArgumentType]
+        groups=conv.groups, device=weight.device, dtype=torch.float64,
     )  # fmt: skip
     made.weight.copy_(weight)
+    assert made.bias is not None
     made.bias.copy_(bias)
     return made.requires_grad_(False)
+
+
+def _pair(sides: tuple[int, ...]) -> tuple[int, int]:
+    return sides[0], sides[1]

@@ -10,6 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,12 +28,13 @@ class Compiled:
     """The network for batches of any size: images (B, C, H, W) float32 -> logits (B, K) float32."""
 
     def __init__(self, folded: CoAtNet, precision: Precision, calibration: Sequence[Tensor]) -> None:
-        self.folded, self.precision, self.calibration = folded, precision, calibration
+        self.folded, self.calibration = folded, calibration
+        self.precision: Precision = precision
         self.cache = private_cache("openvino")
         self.key = _digest(folded, precision, calibration)
         self.compiled = lru_cache(4)(self._compile)
         if precision == "int8":
-            import nncf  # noqa: F401  (that it is missing is to be known now)
+            import_module("nncf")  # that it is missing is to be known now
 
     def __call__(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.compiled(*images.shape)([images.contiguous().numpy()])[0].copy())
@@ -66,7 +68,7 @@ def quantize(model: openvino.Model, calibration: Sequence[Tensor]) -> openvino.M
 
 
 def compile_for_cpu(model: openvino.Model, precision: Precision, *, cache: Path | None = None) -> Any:
-    """Compile for as many threads as torch has. What is not in 8 bits is computed in bf16 there, as OpenVINO prefers."""
+    """Compile for as many threads as torch has; beside 8 bits the rest is computed in bf16, as OpenVINO prefers."""
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else "bf16",
@@ -90,5 +92,5 @@ def _digest(folded: CoAtNet, precision: Precision, calibration: Sequence[Tensor]
     """Return what names the converted network: a hash of everything that it is made from."""
     digest = hashlib.sha256(f"{openvino.__version__} {precision} {folded.config}".encode())
     for tensor in (*folded.state_dict().values(), *calibration):
-        digest.update(tensor.detach().contiguous().numpy())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]

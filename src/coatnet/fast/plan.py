@@ -4,6 +4,9 @@ Maps lie channels last, one byte, half or word a channel. A network of the paper
 attention is global and its MBConv blocks are normed by BatchNorm; `why_not` says what stands against it.
 """
 
+# The parts of a module are Tensor | Module to the checker, whatever they are.
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOptionalCall=false
+
 from __future__ import annotations
 
 import math
@@ -249,8 +252,8 @@ class Plan:
         lines, cells = (1, size[0] * size[1]) if flat else size
         line_bytes, out_line_bytes = (made.data.shape[2] * made.pixel_bytes for made in (source, out))
         self._add(
-            "PRODUCT", source, out.data[:, border:, border:], lines=lines, cells=cells, width=num_out, range8=out.range8,
-            depth=channels * segments, segments=segments, segment_stride=line_bytes,
+            "PRODUCT", source, out.data[:, border:, border:], lines=lines, cells=cells, width=num_out,
+            range8=out.range8, depth=channels * segments, segments=segments, segment_stride=line_bytes,
             source_image=in_lines * line_bytes, source_line=line_bytes * stride,
             source_cell=source.pixel_bytes * stride, out_image=out.data.shape[1] * out_line_bytes,
             out_line=out_line_bytes, out_cell=out.pixel_bytes, weight=packed.data, bias=packed.bias, scale=packed.scale,
@@ -305,8 +308,8 @@ class Plan:
         self.kept += [made.bias, made.scale]
         self._row(
             "SCALE", out_type=source.type, images=images, depth=channels, width=shrink.out_channels, source=gates,
-            weight=raw, weight_image=packed[0].nbytes, out=packed, bias=bias, made_scale=made.scale, made_bias=made.bias,
-            source_zero=self._keep(source.range8.zero) if source.range8 else 0,
+            weight=raw, weight_image=packed[0].nbytes, out=packed, bias=bias, made_scale=made.scale,
+            made_bias=made.bias, source_zero=self._keep(source.range8.zero) if source.range8 else 0,
         )  # fmt: skip
         return made
 
@@ -339,7 +342,11 @@ class Plan:
             name = self.packing.names[id(weigh)]
             bias = self.packing.keep(
                 f"bias {name} {lines}x{cells}",
-                lambda: nn.functional.pad(weigh.bias((lines, cells)), (0, -tokens % PANEL)).to(queries.data.dtype).contiguous(),
+                lambda: (
+                    nn.functional.pad(weigh.bias((lines, cells)), (0, -tokens % PANEL))
+                    .to(queries.data.dtype)
+                    .contiguous()
+                ),
             )
         self._add(
             "ATTENTION", queries, out.data, lines=lines, cells=cells, width=channels // 3, heads=attention.num_heads,
@@ -383,7 +390,9 @@ class Plan:
         self.kept.append(tensor.detach().contiguous())
         return self.kept[-1]
 
-    def _add(self, kind: str, source: Map, out: Tensor, *, range8: Range8 | None = None, **fields: Tensor | int) -> None:
+    def _add(
+        self, kind: str, source: Map, out: Tensor, *, range8: Range8 | None = None, **fields: Tensor | int
+    ) -> None:
         """Add a row that turns one map into another."""
         if range8 is not None:
             fields["out_scale"], fields["out_zero"] = self._keep(1 / range8.step), self._keep(range8.zero)
@@ -396,7 +405,11 @@ class Plan:
     def _row(self, kind: str, **fields: Tensor | int | str) -> None:
         """Add a row; tensors stand for their addresses, names of types for their numbers."""
         values = {
-            name: value.data_ptr() if isinstance(value, Tensor) else native.TYPES[value] if isinstance(value, str) else value
+            name: value.data_ptr()
+            if isinstance(value, Tensor)
+            else native.TYPES[value]
+            if isinstance(value, str)
+            else value
             for name, value in fields.items()
         }
         self.rows.append({"kind": native.KINDS[kind], **values})

@@ -33,7 +33,7 @@ def for_training(network: CoAtNet) -> CoAtNet:
         for module in network.modules():
             if type(module) is MBConv and _fits(module):
                 module.__class__ = _FusedMBConv  # what a copy or a checkpoint sees is the same module
-            elif type(module) is FeedForward and module[0].in_features % 4 == 0:
+            elif type(module) is FeedForward and module[0].weight.shape[1] % 4 == 0:  # pyright: ignore
                 module.__class__ = _FusedFeedForward
     return network
 
@@ -41,8 +41,10 @@ def for_training(network: CoAtNet) -> CoAtNet:
 def _fits(block: MBConv) -> bool:
     norms = (block.norm, block.expand_norm, block.depthwise_norm)
     widths = (block.expand.in_channels, block.shrink.out_channels)
-    return all(type(norm) is nn.BatchNorm2d for norm in norms) and block.depthwise.stride[0] == 1 and not any(
-        width % 4 for width in widths
+    return (
+        all(type(norm) is nn.BatchNorm2d for norm in norms)
+        and block.depthwise.stride[0] == 1
+        and not any(width % 4 for width in widths)
     )
 
 
@@ -150,6 +152,11 @@ def _follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
     norm.running_var.lerp_(variance, norm.momentum)
 
 
+def _batch_norm(norm: nn.Module) -> nn.BatchNorm2d:
+    assert isinstance(norm, nn.BatchNorm2d)
+    return norm
+
+
 def _gates(mean: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> Tensor:
     """Return squeeze-excite's gates: means (B, C) -> (B, C), float32."""
     return F.linear(F.silu(F.linear(mean, reduce.flatten(1), reduce_bias)), expand.flatten(1), expand_bias).sigmoid()
@@ -160,8 +167,8 @@ class _Inverted(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, expand: Tensor, weight1: Tensor, bias1: Tensor, depthwise: Tensor, weight2: Tensor,
-        bias2: Tensor, reduce: Tensor, reduce_bias: Tensor, excite: Tensor, excite_bias: Tensor, shrink: Tensor,
+        ctx: Any, x: Tensor, expand: Tensor, _weight1: Tensor, _bias1: Tensor, depthwise: Tensor, _weight2: Tensor,
+        _bias2: Tensor, reduce: Tensor, reduce_bias: Tensor, excite: Tensor, excite_bias: Tensor, shrink: Tensor,
         shrink_bias: Tensor, block: MBConv,
     ) -> Tensor:  # fmt: skip
         with torch.autocast("cpu", enabled=False):
@@ -169,13 +176,13 @@ class _Inverted(torch.autograd.Function):
             source = x.permute(0, 2, 3, 1)[:, ::stride, ::stride].to(torch.bfloat16).contiguous()
             expanded = _product(source, expand.flatten(1).T)
             maps = _Maps(expanded.shape)
-            first = _Moments(maps.run("MOMENTS", source=expanded), maps.pixels, block.expand_norm)
+            first = _Moments(maps.run("MOMENTS", source=expanded), maps.pixels, _batch_norm(block.expand_norm))
             filtered = torch.empty_like(expanded)
             taps = depthwise.flatten(1).T.contiguous()
             sums = maps.run(
                 "ACTED_DEPTHWISE", filtered, source=expanded, factor=first.factor, shift=first.shift, weight=taps
             )
-            second = _Moments(sums, maps.pixels, block.depthwise_norm)
+            second = _Moments(sums, maps.pixels, _batch_norm(block.depthwise_norm))
             acted = torch.empty_like(filtered)
             sums = maps.run("ACTED", acted, source=filtered, factor=second.factor, shift=second.shift)
             mean = sums[0] / (maps.lines * maps.cells)
@@ -189,9 +196,20 @@ class _Inverted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (source, expanded, filtered, mean, gates, expand, depthwise, reduce, reduce_bias, excite, excite_bias, shrink) = (
-            ctx.saved_tensors
-        )
+        (
+            source,
+            expanded,
+            filtered,
+            mean,
+            gates,
+            expand,
+            depthwise,
+            reduce,
+            reduce_bias,
+            excite,
+            excite_bias,
+            shrink,
+        ) = ctx.saved_tensors
         maps, first, second = _Maps(expanded.shape), ctx.first, ctx.second
         with torch.autocast("cpu", enabled=False):
             slope = slope.permute(0, 2, 3, 1).to(torch.bfloat16).contiguous()

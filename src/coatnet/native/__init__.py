@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 from functools import cache
+from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def _library() -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
         path = HERE / f"_kernels{suffix}"
         if path.is_file():
-            import torch  # noqa: F401  (its OpenMP runtime comes first, so that there is one pool of threads)
+            import_module("torch")  # its OpenMP runtime comes first, so that there is one pool of threads
 
             try:
                 library = ctypes.CDLL(str(path))
@@ -62,7 +63,9 @@ def missing(precision: str) -> str | None:
     if library is None:
         return "the package was installed without a C++ compiler"
     found = library.coatnet_supports()
-    needed, name = {"fp32": (1, "AVX-512"), "bf16": (2, "AVX-512 BF16"), "int8": (6, "AVX-512 BF16 and VNNI")}[precision]
+    needed, name = {"fp32": (1, "AVX-512"), "bf16": (2, "AVX-512 BF16"), "int8": (6, "AVX-512 BF16 and VNNI")}[
+        precision
+    ]
     return None if found & needed == needed else f"this processor has no {name}"
 
 

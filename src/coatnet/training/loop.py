@@ -21,6 +21,7 @@ from coatnet.data.sources import DataSet, ImageSet, open_data
 from coatnet.data.transforms import Augmentation, Preprocessing
 from coatnet.errors import BadImageError, ConfigError, TrainingError
 from coatnet.evaluation.metrics import summarise
+from coatnet.fast.training import for_training
 from coatnet.ranks import Ranks, join
 from coatnet.training import checkpoint, run_folder
 from coatnet.training.ema import Ema
@@ -89,7 +90,7 @@ def _set_up(config: TrainConfig, ranks: Ranks, resumes: bool, progress: Progress
         ranks=ranks,
         data=data,
         state=state,
-        model=ranks.wrap(torch.compile(network) if config.compile else network),  # pyright: ignore[reportArgumentType]
+        model=ranks.wrap(torch.compile(network) if config.compile else for_training(network)),  # pyright: ignore[reportArgumentType]
         loader=loader,
         preprocessing=Preprocessing(config.preprocessing),
         listener=progress if ranks.is_first else None,

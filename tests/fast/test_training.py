@@ -1,0 +1,122 @@
+"""The fused blocks of training against the readable ones: the same updates, errors no larger, less memory."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from coatnet import native
+from coatnet.fast.training import for_training
+from coatnet.model.network import CoAtNet
+from model.networks import config_of, images, network
+
+pytestmark = pytest.mark.skipif(native.missing("bf16") is not None, reason=f"{native.missing('bf16')}")
+FUSED = ("CCTT", "CCCC", "TTTT", "both kinds in S3", "few strides", "post")
+SIZE = (48, 64)
+
+
+def pass_through(
+    model: CoAtNet, x: Tensor, *, bf16: bool = True
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Return logits, gradients and statistics after one training pass."""
+    model.train().zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits = model(x)
+    F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), torch.arange(len(x)) % 5).backward()
+    gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    return logits.detach().double(), gradients, {name: b.double() for name, b in model.named_buffers()}
+
+
+def fused_of(model: CoAtNet) -> CoAtNet:
+    fused = for_training(copy.deepcopy(model))
+    kinds = {type(module).__name__ for module in fused.modules()}
+    assert kinds & {"_FusedMBConv", "_FusedFeedForward"}, "nothing was fused"
+    return fused
+
+
+def error_of(found: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """Return the root mean square over the tensors of each one's error, as a share of the largest of its kind."""
+    shares = [((found[k] - want[k]).square().mean() / want[k].square().mean().clamp(min=1e-6)).item() for k in want]
+    return (sum(shares) / len(shares)) ** 0.5
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_gradients_err_no_more_than_the_plain_ones(kind: str):
+    errors: dict[str, list[float]] = {"fused": [], "plain": []}
+    for seed in range(6):
+        model, x = network(config_of(kind), seed=seed, training=True), images(4, SIZE, seed=seed)
+        logits, want, statistics = pass_through(copy.deepcopy(model).double(), x.double(), bf16=False)
+        for name, form in (("fused", fused_of(model)), ("plain", copy.deepcopy(model))):
+            found_logits, found, found_statistics = pass_through(form, x)
+            errors[name].append(error_of({**found, "logits": found_logits}, {**want, "logits": logits}))
+            assert error_of(found_statistics, statistics) < 0.02, f"{name} moves BatchNorm's statistics elsewhere"
+    fused, plain = (sum(errors[name]) / 6 for name in ("fused", "plain"))
+    assert fused <= 1.5 * plain, f"{kind}: fused errs by {fused:.2%}, plain by {plain:.2%}"
+
+
+def test_same_result_twice_and_on_every_number_of_threads():
+    model, x = network(config_of(), training=True), images(4, SIZE)
+    _, first, _ = pass_through(fused_of(model), x)
+    _, again, _ = pass_through(fused_of(model), x)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_without_bf16_it_is_the_plain_network():
+    model, x = network(config_of(), training=True), images(4, SIZE)
+    logits, want, _ = pass_through(copy.deepcopy(model), x, bf16=False)
+    found_logits, found, _ = pass_through(fused_of(model), x, bf16=False)
+    assert torch.equal(found_logits, logits)
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("frozen", [nn.BatchNorm2d])
+def test_frozen_statistics_take_the_plain_block(frozen: type[nn.Module]):
+    def freeze(model: CoAtNet) -> CoAtNet:
+        model.train()
+        for module in model.modules():
+            if isinstance(module, frozen):
+                module.eval()
+        model.train = lambda mode=True: model  # pyright: ignore  # noqa: ARG005 - the norms stay frozen
+        return model
+
+    model, x = network(config_of("CCCC"), training=True), images(4, SIZE)
+    _, want, before = pass_through(freeze(copy.deepcopy(model)), x)
+    _, found, after = pass_through(freeze(fused_of(model)), x)
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_depthwise_stride_and_layer_norm_stay_plain():
+    for kind in ("depthwise stride", "layer norm"):
+        names = [type(module).__name__ for module in for_training(network(config_of(kind))).modules()]
+        strided = network(config_of(kind))
+        assert names.count("MBConv") >= sum(
+            block.depthwise.stride[0] == 2 or kind == "layer norm"
+            for block in strided.modules()
+            if type(block).__name__ == "MBConv"
+        )
+
+
+def test_checkpointed_activations_give_the_same_gradients_and_statistics():
+    model, x = network(config_of(), training=True), images(4, SIZE)
+    _, want, statistics = pass_through(fused_of(model), x)
+    checkpointed = fused_of(model)
+    checkpointed.activation_checkpointing = True
+    _, found, found_statistics = pass_through(checkpointed, x)
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    assert all(torch.equal(found_statistics[name], statistics[name]) for name in statistics)
+
+
+def test_names_weights_and_answers_stay():
+    model, x = network(config_of()), images(3, SIZE)
+    fused = for_training(copy.deepcopy(model)).eval()
+    assert list(fused.state_dict()) == list(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fused(x), model.eval()(x))
+    again: Any = copy.deepcopy(fused)
+    assert torch.equal(again(x), fused(x))
