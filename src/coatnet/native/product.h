@@ -5,6 +5,8 @@
 // broadcast of 32 bits of A with two vectors of W, so the three precisions share one loop.
 #pragma once
 #include <algorithm>
+#include <cstring>
+#include <vector>
 
 #include "vector.h"
 
@@ -33,22 +35,26 @@ struct Dot<UINT8> {
     static INLINE __m512 real(Sum sum) { return _mm512_cvtepi32_ps(sum); }
 };
 
+template <int TYPE, int R>
+INLINE void clear(typename Dot<TYPE>::Sum (&sums)[R][2]) {
+#pragma GCC unroll 14
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = Dot<TYPE>::zero();
+}
+
 // What comes next from memory, fetched one cache line a step.
 struct Ahead {
     const char *at, *end;
     INLINE void step() {
-        if (at < end) _mm_prefetch(at, _MM_HINT_T1);
+        if (at < end) _mm_prefetch(at, _MM_HINT_T0);
         at += 64;
     }
 };
 
-// Sum `segments` runs of `steps` 32-bit steps, each run `segment_stride` bytes after the one before.
+// Add to the sums `segments` runs of `steps` 32-bit steps, each run `segment_stride` bytes after the one before.
 template <int TYPE, int R, bool FETCH = false>
 INLINE void multiply(const char* a, int64_t row_stride, const char* w, int64_t segments, int64_t segment_stride,
                      int64_t steps, typename Dot<TYPE>::Sum (&sums)[R][2], Ahead* ahead = nullptr) {
     using D = Dot<TYPE>;
-#pragma GCC unroll 14
-    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = D::zero();
     for (int64_t s = 0; s < segments; s++, a += segment_stride) {
         const char* at = a;
         for (int64_t k = 0; k < steps; k++, w += 128, at += 4) {
@@ -75,14 +81,28 @@ INLINE __m512 finish(const Op& op, __m512 sum, __m512 scale, __m512 bias, const 
     return value;
 }
 
+// Where a long K is done in parts: which part this is, and the sums between two of them.
+struct Part {
+    bool first, last;
+    char* sums;  // of a tile's row: 128 bytes
+};
+
 template <int TYPE, int OUT, int R>
-void tile(const Op& op, const char* a, const char* w, int64_t steps, const float* scale, const float* bias,
-          int64_t column, char* out, const char* residual, Ahead& ahead) {
+void tile(const Op& op, const char* a, const char* w, int64_t steps, const Part& part, const float* scale,
+          const float* bias, int64_t column, char* out, const char* residual, Ahead& ahead) {
     typename Dot<TYPE>::Sum sums[R][2];
+    if (part.first)
+        clear<TYPE, R>(sums);
+    else
+        memcpy(sums, part.sums, sizeof sums);
     if (ahead.at < ahead.end)
         multiply<TYPE, R, true>(a, op.source_cell, w, op.segments, op.segment_stride, steps, sums, &ahead);
     else
         multiply<TYPE, R>(a, op.source_cell, w, op.segments, op.segment_stride, steps, sums);
+    if (!part.last) {
+        memcpy(part.sums, sums, sizeof sums);
+        return;
+    }
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
         const int64_t at = column + 16 * half;
@@ -102,13 +122,14 @@ void tile(const Op& op, const char* a, const char* w, int64_t steps, const float
     }
 }
 
+// A run of rows of one line, as tiles of 14, 7, 4, 2 or 1.
 template <int TYPE, int OUT>
-void tiles(const Op& op, const char* a, const char* w, int64_t steps, const float* scale, const float* bias,
+void tiles(const Op& op, const char* a, const char* w, int64_t steps, Part part, const float* scale, const float* bias,
            int64_t column, char* out, const char* residual, int64_t cells, Ahead& ahead) {
     while (cells > 0) {
         int64_t done = 0;
         auto go = [&]<int R>() {
-            tile<TYPE, OUT, R>(op, a, w, steps, scale, bias, column, out, residual, ahead);
+            tile<TYPE, OUT, R>(op, a, w, steps, part, scale, bias, column, out, residual, ahead);
             done = R;
         };
         if (cells >= 14) go.template operator()<14>();
@@ -119,6 +140,7 @@ void tiles(const Op& op, const char* a, const char* w, int64_t steps, const floa
         cells -= done;
         a += done * op.source_cell;
         out += done * op.out_cell;
+        part.sums += done * 128;
         if (residual) residual += done * op.out_cell;
     }
 }
@@ -129,8 +151,9 @@ struct Share {  // of a thread in `count` equal pieces of work
         : first(count * thread / threads), last(count * (thread + 1) / threads) {}
 };
 
-constexpr int64_t BIG_BYTES = 1 << 20;  // weights that do not stay in the second cache: the next panel is fetched ahead
+constexpr int64_t BIG_BYTES = 1 << 20;     // weights that do not stay in the second cache: the next panel is fetched ahead
 constexpr int64_t ROWS_BYTES = 160 << 10;  // of A kept in the second cache while panels of W pass by
+constexpr int64_t PART_STEPS = 768;        // of K at once, so that enough rows fit there
 
 template <int TYPE, int OUT>
 void product(const Op& op, int64_t thread, int64_t threads) {
@@ -141,22 +164,30 @@ void product(const Op& op, int64_t thread, int64_t threads) {
     const bool by_panel = panels * panel_bytes > num_tiles * ROWS * row_bytes && panels >= threads;
     const Share columns = by_panel ? Share(panels, thread, threads) : Share(panels, 0, 1);
     const Share rows = by_panel ? Share(num_tiles, 0, 1) : Share(num_tiles, thread, threads);
-    const int64_t group = std::max<int64_t>(1, ROWS_BYTES / (ROWS * row_bytes));
+    const int64_t part_steps = op.segments == 1 ? std::min(steps, PART_STEPS) : steps;
+    const int64_t group = std::max<int64_t>(1, ROWS_BYTES / (ROWS * op.segments * part_steps * 4));
+    const bool is_big = panels * panel_bytes > BIG_BYTES && !op.weight_image;
+    std::vector<char> between(part_steps < steps ? group * ROWS * (columns.last - columns.first) * 128 : 0);
     for (int64_t start = rows.first; start < rows.last; start += group)
-        for (int64_t panel = columns.first; panel < columns.last; panel++) {
-            const char* following = op.weight + (panel + 1) * panel_bytes;
-            const bool big = panels * panel_bytes > BIG_BYTES && panel + 1 < columns.last && !op.weight_image;
-            Ahead ahead = {following, big ? following + panel_bytes : following};
-            for (int64_t t = start, next; t < std::min(start + group, rows.last); t = next) {
-                const int64_t line = t / per_line, first = t % per_line;
-                next = std::min({start + group, rows.last, (line + 1) * per_line});  // along one line in one go
-                const int64_t image = line / op.lines, y = line % op.lines, x = first * ROWS;
-                const int64_t place = image * op.out_image + y * op.out_line + x * op.out_cell;
-                const int64_t own = op.weight_image ? image * panels * PANEL : 0;
-                tiles<TYPE, OUT>(op, op.source + image * op.source_image + y * op.source_line + x * op.source_cell,
-                                 op.weight + image * op.weight_image + panel * panel_bytes, steps, op.scale + own,
-                                 op.bias + own, panel * PANEL, op.out + place, op.residual ? op.residual + place : nullptr,
-                                 std::min(op.cells, (first + next - t) * ROWS) - x, ahead);
+        for (int64_t k = 0; k < steps; k += part_steps)
+            for (int64_t panel = columns.first; panel < columns.last; panel++) {
+                const int64_t now = std::min(part_steps, steps - k);
+                const char* following = op.weight + (panel + 1) * panel_bytes + k * 128;
+                const bool fetch = is_big && panel + 1 < columns.last;
+                Ahead ahead = {following, fetch ? following + op.segments * now * 128 : following};
+                Part part = {k == 0, k + now == steps, between.data() + (panel - columns.first) * group * ROWS * 128};
+                for (int64_t t = start, next; t < std::min(start + group, rows.last); t = next) {
+                    const int64_t line = t / per_line, first = t % per_line;
+                    next = std::min({start + group, rows.last, (line + 1) * per_line});  // along one line in one go
+                    const int64_t image = line / op.lines, y = line % op.lines, x = first * ROWS;
+                    const int64_t place = image * op.out_image + y * op.out_line + x * op.out_cell;
+                    const int64_t own = op.weight_image ? image * panels * PANEL : 0;
+                    const char* a = op.source + image * op.source_image + y * op.source_line + x * op.source_cell + 4 * k;
+                    const char* w = op.weight + image * op.weight_image + panel * panel_bytes + k * 128;
+                    tiles<TYPE, OUT>(op, a, w, now, part, op.scale + own, op.bias + own, panel * PANEL, op.out + place,
+                                     op.residual ? op.residual + place : nullptr,
+                                     std::min(op.cells, (first + next - t) * ROWS) - x, ahead);
+                    part.sums += (next - t) * ROWS * 128;
+                }
             }
-        }
 }
