@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from speed_tables import limits_section, speed_section
+from speed_tables import limits_section, speed_section, speed_table
 
 from coatnet.family_table import rows
 
@@ -30,6 +30,7 @@ def main() -> None:
     repeated = {key: group for key, group in groups.items() if len(group) >= NUM_SEEDS_WANTED}
     readme = fill((ROOT / "README.md").read_text(), "family", family_table())
     readme = fill(readme, "measured", training_table(repeated))
+    readme = fill(readme, "speed", speed_table(records) + "\n")
     texts = {ROOT / "README.md": readme, ROOT / "docs" / "results.md": results_page(groups, records)}
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
     if "--check" in sys.argv:

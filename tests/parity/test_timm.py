@@ -7,89 +7,24 @@ side within each head, and a bias table is (offsets, heads).
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import pytest
-import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from coatnet.bench.peers import timm_twin
 from coatnet.bench.weights import scramble
 from coatnet.config import ModelConfig
-from coatnet.model.layers import BATCH_NORM_EPS, LAYER_NORM_EPS
 from coatnet.model.network import CoAtNet
 from coatnet.zoo import ZOO
-
-PAPERS_CHOICES = {
-    "conv_stride_mode": "1x1",
-    "conv_pool_type": "max2",
-    "transformer_pool_type": "max2",
-    "stem_bias": True,
-}
-NAMES = {  # ours -> timm's, in this order
-    r"^s0\.0\.": "stem.conv1.",
-    r"^s0\.1\.": "stem.norm1.",
-    r"^s0\.3\.": "stem.conv2.",
-    r"^s([1-4])\.": lambda m: f"stages.{int(m[1]) - 1}.blocks.",
-    r"\.shortcut\.[01]\.": ".shortcut.expand.",
-    r"\.squeeze_excite\.reduce\.": ".se.fc1.",
-    r"\.squeeze_excite\.expand\.": ".se.fc2.",
-    r"\.expand_norm\.": ".norm1.",
-    r"\.depthwise_norm\.": ".norm2.",
-    r"\.norm\.": ".pre_norm.",
-    r"(\d)\.expand\.": r"\1.conv1_1x1.",
-    r"\.depthwise\.": ".conv2_kxk.",
-    r"\.shrink\.": ".conv3_1x1.",
-    r"\.attention_norm\.": ".norm1.",
-    r"\.ffn_norm\.": ".norm2.",
-    r"\.ffn\.0\.": ".mlp.fc1.",
-    r"\.ffn\.2\.": ".mlp.fc2.",
-    r"\.attention\.qkv\.": ".attn.qkv.",
-    r"\.attention\.project\.": ".attn.proj.",
-    r"\.attention\.weigh\.bias\.table": ".attn.rel_pos.relative_position_bias_table",
-    r"^norm\.": "head.norm.",
-    r"^pre_logits\.": "head.pre_logits.fc.",
-    r"^classifier\.": "head.fc.",
-}
-
-
-def timms_name(name: str, theirs: dict[str, Tensor]) -> str:
-    for pattern, replacement in NAMES.items():
-        name = re.sub(pattern, replacement, name)
-    in_a_block_that_strides = name.replace(".norm1.", ".norm1.norm.")
-    return in_a_block_that_strides if in_a_block_that_strides in theirs else name
-
-
-def timms_weights(model: CoAtNet, theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and reorder our weights for timm; every one of timm's is met exactly once."""
-    found: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        target = timms_name(name, theirs)
-        assert target in theirs, f"{name} has no counterpart; {target} is not timm's"
-        assert target not in found, f"{name} and another are both {target}"
-        if name.endswith("table"):
-            value = value.flatten(1).T
-        elif ".qkv." in name:
-            value = value.unflatten(0, (3, -1, model.config.head_dim)).transpose(0, 1).flatten(0, 2)
-        found[target] = value.reshape(theirs[target].shape)
-    left = sorted(set(theirs) - set(found) - {name for name in theirs if name.endswith("relative_position_index")})
-    assert not left, f"timm has more: {left}"
-    return found
 
 
 def pair(config: ModelConfig, image_size: int, **changes: object) -> tuple[CoAtNet, nn.Module]:
     """Build both with the same weights: random, none of them neutral, logits of order 1."""
-    ours = CoAtNet(config).eval()
+    ours = CoAtNet(replace(config, image_size=(image_size, image_size))).eval()
     scramble(ours)
-    theirs = timm.create_model(f"{config.name}_224", img_size=image_size, **{**PAPERS_CHOICES, **changes}).eval()
-    theirs.load_state_dict(timms_weights(ours, theirs.state_dict()), strict=False)
-    for module in theirs.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eps = BATCH_NORM_EPS
-        elif isinstance(module, nn.LayerNorm):
-            module.eps = LAYER_NORM_EPS
-    return ours, theirs
+    return ours, timm_twin(ours, **changes)
 
 
 @torch.no_grad()
