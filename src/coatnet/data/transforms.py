@@ -13,12 +13,10 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from torch.nn import functional as F
 
 from coatnet.config import AugmentConfig, PreprocessingConfig
 from coatnet.data.decode import MinSide, Pixels
-from coatnet.data.randaugment import randaugment
 
 Box = tuple[int, int, int, int]  # top, left, height, width in px
 
@@ -79,6 +77,8 @@ class Augmentation:
             out = _resize(_to_tensor(_cut(image, *seen[0]), self.channels), self.size)
             out = out.flip(-1) if flip else out
         if config.randaugment_ops:
+            from coatnet.data.randaugment import randaugment  # brings torchvision, slow to load; predict needs none
+
             out = randaugment(out, config.randaugment_ops, config.randaugment_magnitude, rng)
         if config.erase_rate and rng.random() < config.erase_rate:
             out = erase(out, rng)
@@ -131,7 +131,7 @@ def _to_tensor(image: Pixels, channels: int) -> Tensor:
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize with antialiased bicubic, the filter of the reference: (C, H, W) uint8 -> (C, h, w) uint8, contiguous."""
     if image.shape[1:] != size:
-        image = F.resize(image, list(size), interpolation=InterpolationMode.BICUBIC, antialias=True)
+        image = F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
     return image.contiguous()
 
 

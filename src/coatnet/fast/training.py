@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coatnet import native
+from coatnet.config import Size
 from coatnet.fast.plan import PANEL, pack, panels
-from coatnet.model.attention import FeedForward
+from coatnet.model.attention import Attention, FeedForward
 from coatnet.model.mbconv import MBConv
 from coatnet.model.network import CoAtNet
 
 STRIP = 14  # lines (native/training.h)
+HEAD_DIM = 32  # of the heads that the kernels know the way back through (native/attention_slope.h)
 Fields = Tensor | int
 
 
@@ -33,9 +35,15 @@ def for_training(network: CoAtNet) -> CoAtNet:
         for module in network.modules():
             if type(module) is MBConv and _fits(module):
                 module.__class__ = _FusedMBConv  # what a copy or a checkpoint sees is the same module
+            elif type(module) is Attention and module.weigh.relative != "post" and _head_dim(module) == HEAD_DIM:
+                module.__class__ = _FusedAttention
             elif type(module) is FeedForward and module[0].weight.shape[1] % 4 == 0:  # pyright: ignore
                 module.__class__ = _FusedFeedForward
     return network
+
+
+def _head_dim(attention: Attention) -> int:
+    return attention.project.in_features // attention.num_heads
 
 
 def _fits(block: MBConv) -> bool:
@@ -78,6 +86,14 @@ class _FusedFeedForward(FeedForward):
             return super().forward(input)
         first, _, second = self
         return _Fed.apply(input, first.weight, first.bias, second.weight, second.bias)
+
+
+class _FusedAttention(Attention):
+    def forward(self, x_BNC: Tensor, grid: Size) -> Tensor:
+        if not _is_wanted(x_BNC):
+            return super().forward(x_BNC, grid)
+        bias = None if self.weigh.bias is None else self.weigh.bias(grid)
+        return self.project(_Attended.apply(self.qkv(x_BNC), bias, self.num_heads))
 
 
 class _Maps:
@@ -275,6 +291,38 @@ def _gated_product(x: Tensor, gates: Tensor, weight_NK: Tensor, bias: Tensor) ->
         source=x, weight=packed, weight_image=packed[0].nbytes, bias=biases, out=out,
     )  # fmt: skip
     return out
+
+
+class _Attended(torch.autograd.Function):
+    """softmax(q k / sqrt(D) + bias) v: queries, keys and values (B, N, 3C) -> (B, N, C) bf16. No weights are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias_MNN: Tensor | None, num_heads: int) -> Tensor:
+        B, N, width = qkv.shape
+        qkv = qkv.to(torch.bfloat16).contiguous()
+        padding = -N % PANEL
+        bias = None if bias_MNN is None else F.pad(bias_MNN, (0, padding)).to(torch.bfloat16).contiguous()
+        out = qkv.new_empty(B, N, width // 3)
+        ctx.fields = {
+            "type": native.TYPES["BF16"], "out_type": native.TYPES["BF16"], "images": B, "lines": 1, "cells": N,
+            "width": width // 3, "heads": num_heads, "head_dim": HEAD_DIM,
+            "relative": native.RELATIVES["NONE" if bias is None else "PRE"],
+        }  # fmt: skip
+        _run("ATTENTION", source=qkv, weight=0 if bias is None else bias, out=out, **ctx.fields)
+        ctx.save_for_backward(qkv, bias, out)
+        ctx.padded = N + padding
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        qkv, bias, out = ctx.saved_tensors
+        slope, qkv_slope = slope.to(torch.bfloat16).contiguous(), torch.empty_like(qkv)
+        bias_slope = torch.zeros(ctx.fields["heads"], qkv.shape[1], ctx.padded)
+        _run(
+            "ATTENTION_SLOPE", source=qkv, weight=0 if bias is None else bias, residual=out, gradient=slope,
+            weight_sums=bias_slope, out=qkv_slope, **ctx.fields,
+        )  # fmt: skip
+        return qkv_slope, None if bias is None else bias_slope[:, :, : qkv.shape[1]], None
 
 
 class _Fed(torch.autograd.Function):

@@ -17,7 +17,7 @@ extern "C" int coatnet_supports(void) {  // before the pragma: this must run on 
 
 #include <chrono>
 
-#include "attention.h"
+#include "attention_slope.h"
 #include "gate.h"
 #include "maps.h"
 #include "training.h"
@@ -69,6 +69,8 @@ void carry_out(const Op& op, int64_t thread, int64_t threads) {
             return depthwise_slope(op, thread, threads);
         case MIXED:
             return mixed(op, thread, threads);
+        case ATTENTION_SLOPE:
+            return attention_slope(op, thread, threads);
     }
 }
 

@@ -1,0 +1,145 @@
+// ATTENTION_SLOPE: the way back through ATTENTION with a bias before the softmax, or none. Weights are computed again
+// from queries and keys; nothing of the size tokens x tokens was kept. Heads of 32 channels, bf16.
+#pragma once
+#include <vector>
+
+#include "attention.h"
+
+// Scratch for one head of one image. Rows beyond the last token are zeros.
+struct HeadSlope {
+    int64_t tokens, padded;
+    std::vector<char> keys, values, keys_by_token, queries_by_token, slopes_by_token;  // packed, in two ways
+    std::vector<uint32_t> weights_T, logit_slopes_T;                                   // (key, pair of queries) bf16
+    std::vector<float> logits, weight_slopes;
+    std::vector<char> rows;
+
+    explicit HeadSlope(int64_t tokens)
+        : tokens(tokens), padded((tokens + 31) / 32 * 32), keys(padded * 64), values(padded * 64),
+          keys_by_token(padded * 64), queries_by_token(padded * 64), slopes_by_token(padded * 64),
+          weights_T((padded + ROWS) * padded / 2), logit_slopes_T((padded + ROWS) * padded / 2), logits(ROWS * padded),
+          weight_slopes(ROWS * padded), rows(ROWS * padded * 2) {}
+};
+
+// Multiply 14 rows of queries or slopes with packed keys or values: (14, padded) fp32.
+inline void all_tokens(const char* rows, int64_t stride, const std::vector<char>& packed, int64_t padded, float* out) {
+    for (int64_t panel = 0; panel < padded / 32; panel++) {
+        __m512 sums[ROWS][2];
+        clear<BF16, ROWS>(sums);
+        multiply<BF16, ROWS>(rows, stride, packed.data() + panel * 16 * 128, 1, 0, 16, sums);
+#pragma GCC unroll 14
+        for (int r = 0; r < ROWS; r++) {
+            _mm512_storeu_ps(out + r * padded + panel * 32, sums[r][0]);
+            _mm512_storeu_ps(out + r * padded + panel * 32 + 16, sums[r][1]);
+        }
+    }
+}
+
+// Multiply 14 rows over all tokens with 32 channels packed by token, and store the first `count` of them, scaled.
+inline void all_channels(const char* rows, int64_t stride, const std::vector<char>& packed, int64_t tokens, float scale,
+                         char* out, int64_t out_stride, int64_t count) {
+    __m512 sums[ROWS][2];
+    clear<BF16, ROWS>(sums);
+    multiply<BF16, ROWS>(rows, stride, packed.data(), 1, 0, (tokens + 1) / 2, sums);
+#pragma GCC unroll 14
+    for (int r = 0; r < ROWS; r++) {
+        if (r >= count) break;
+        store<BF16>(out + r * out_stride, _mm512_mul_ps(sums[r][0], _mm512_set1_ps(scale)));
+        store<BF16>(out + r * out_stride + 32, _mm512_mul_ps(sums[r][1], _mm512_set1_ps(scale)));
+    }
+}
+
+INLINE void scatter_pairs(uint32_t* at, int64_t words, int64_t token, __m512 even, __m512 odd) {
+    const __m512i places = _mm512_mullo_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(int(4 * words)));
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+    _mm512_i32scatter_epi32(at + token * words, places, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)), 1);
+}
+
+// One head of one image; `bias_slope`, (tokens, padded), is added to.
+inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head, float* bias_slope) {
+    const int64_t N = s.tokens, P = s.padded, stride = 6 * op.width, out_stride = 2 * op.width, words = P / 2;
+    const float factor = 1.0f / __builtin_sqrtf(32.0f);
+    const char* q = op.source + image * N * stride + head * 64;
+    const char *k = q + out_stride, *v = k + out_stride;
+    const char* slope = op.gradient + image * N * out_stride + head * 64;
+    const char* mixed = op.residual + image * N * out_stride + head * 64;
+    char* to = op.out + image * N * stride + head * 64;
+    pack_keys(k, stride, N, 16, (int*)s.keys.data());
+    pack_keys(v, stride, N, 16, (int*)s.values.data());
+    pack_values<BF16>(k, stride, N, P, 32, s.keys_by_token.data());
+    pack_values<BF16>(q, stride, N, P, 32, s.queries_by_token.data());
+    pack_values<BF16>(slope, out_stride, N, P, 32, s.slopes_by_token.data());
+    alignas(64) char query_rows[ROWS * 64], slope_rows[ROWS * 64];
+    for (int64_t first = 0; first < N; first += ROWS) {
+        const int64_t count = std::min<int64_t>(ROWS, N - first);
+        memset(query_rows, 0, sizeof query_rows);
+        memset(slope_rows, 0, sizeof slope_rows);
+        for (int64_t r = 0; r < count; r++) {
+            memcpy(query_rows + r * 64, q + (first + r) * stride, 64);
+            memcpy(slope_rows + r * 64, slope + (first + r) * out_stride, 64);
+        }
+        all_tokens(query_rows, 64, s.keys, P, s.logits.data());
+        all_tokens(slope_rows, 64, s.values, P, s.weight_slopes.data());
+        for (int64_t r = 0; r < count; r++) {  // logits become weights, weight slopes become logit slopes
+            float *row = s.logits.data() + r * P, *row_slope = s.weight_slopes.data() + r * P;
+            const char* bias = op.weight + (head * N + first + r) * P * 2;
+            float* bias_row = bias_slope + (first + r) * P;
+            __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), total = _mm512_setzero_ps();
+            for (int64_t t = 0; t < N; t += 16) {
+                __m512 logit = _mm512_mul_ps(_mm512_loadu_ps(row + t), _mm512_set1_ps(factor));
+                if (op.relative == PRE) logit = _mm512_add_ps(logit, load<BF16>(bias + 2 * t));
+                largest = _mm512_mask_max_ps(largest, tail(N - t), largest, logit);
+                _mm512_storeu_ps(row + t, logit);
+            }
+            const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+            for (int64_t t = 0; t < P; t += 16) {
+                const __m512 e = _mm512_maskz_mov_ps(
+                    tail(N - t), exp16<false>(_mm512_sub_ps(_mm512_maskz_loadu_ps(tail(N - t), row + t), top)));
+                total = _mm512_add_ps(total, e);
+                _mm512_storeu_ps(row + t, e);
+            }
+            const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+            const char *own = slope_rows + r * 64, *out_row = mixed + (first + r) * out_stride;
+            const __m512 share = _mm512_set1_ps(_mm512_reduce_add_ps(
+                _mm512_fmadd_ps(load<BF16>(own), load<BF16>(out_row),
+                                _mm512_mul_ps(load<BF16>(own + 32), load<BF16>(out_row + 32)))));
+            for (int64_t t = 0; t < P; t += 16) {
+                const __m512 weight = _mm512_mul_ps(_mm512_loadu_ps(row + t), inverse);
+                const __m512 d = _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_loadu_ps(row_slope + t), share));
+                _mm512_storeu_ps(row + t, weight);
+                _mm512_storeu_ps(row_slope + t, d);
+                _mm512_storeu_ps(bias_row + t, _mm512_add_ps(_mm512_loadu_ps(bias_row + t), d));
+                store<BF16>(s.rows.data() + (r * P + t) * 2, d);
+            }
+        }
+        memset(s.logits.data() + count * P, 0, (ROWS - count) * P * 4);
+        memset(s.weight_slopes.data() + count * P, 0, (ROWS - count) * P * 4);
+        all_channels(s.rows.data(), 2 * P, s.keys_by_token, N, factor, to + first * stride, stride, count);
+        for (int64_t r = 0; r < ROWS && first + r < P; r += 2)
+            for (int64_t t = 0; t < P; t += 16) {
+                const int64_t even = r * P + t, odd = even + P;
+                scatter_pairs(s.weights_T.data() + (first + r) / 2, words, t, _mm512_loadu_ps(s.logits.data() + even),
+                              _mm512_loadu_ps(s.logits.data() + odd));
+                scatter_pairs(s.logit_slopes_T.data() + (first + r) / 2, words, t,
+                              _mm512_loadu_ps(s.weight_slopes.data() + even),
+                              _mm512_loadu_ps(s.weight_slopes.data() + odd));
+            }
+    }
+    for (int64_t first = 0; first < N; first += ROWS) {
+        const int64_t count = std::min<int64_t>(ROWS, N - first);
+        const char* row = (const char*)(s.weights_T.data() + first * words);
+        all_channels(row, 4 * words, s.slopes_by_token, N, 1.0f, to + 4 * op.width + first * stride, stride, count);
+        row = (const char*)(s.logit_slopes_T.data() + first * words);
+        all_channels(row, 4 * words, s.queries_by_token, N, factor, to + 2 * op.width + first * stride, stride, count);
+    }
+}
+
+inline void attention_slope(const Op& op, int64_t thread, int64_t threads) {
+    HeadSlope scratch(op.lines * op.cells);
+    const int64_t size = scratch.tokens * scratch.padded;
+    const Share share(op.heads, thread, threads);
+    for (int64_t head = share.first; head < share.last; head++)
+        for (int64_t image = 0; image < op.images; image++)
+            head_slope(op, scratch, image, head, op.weight_sums + head * size);
+}
