@@ -13,7 +13,7 @@ import coatnet
 from coatnet.training import finish
 from training.tiny import CLASSES, config_of, write_pictures
 
-NAMES = {"Classifier", "TrainConfig", "choose_config", "create_model", "list_models", "load", "train"}
+NAMES = {"Classifier", "TrainConfig", "choose_config", "create_model", "list_models", "load", "optimize", "train"}
 
 
 def test_public_names():

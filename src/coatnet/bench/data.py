@@ -167,7 +167,9 @@ def _first_prediction(config: ModelConfig, folder: Path, picture: Path, rounds: 
     ours = [sys.executable, "-m", "coatnet", "predict", str(folder / "model"), str(picture)]
     theirs = [sys.executable, "-c", TIMM_PREDICT, config.name, str(folder / "timm.pt"), str(picture), threads]
     start = time.perf_counter()
-    timings = take_turns({"coatnet predict": _command(ours), "timm eager": _command(theirs)}, rounds=rounds, turn_s=0)
+    timings = take_turns(
+        {"coatnet predict": _command(ours), "timm eager": _command(theirs)}, rounds=rounds, turn_s=0, warm_up=False
+    )
     return _row("first prediction, cold shell", timings, 1, start)
 
 
@@ -200,7 +202,7 @@ def _evaluation(folder: Path, pictures: Path, num_images: int, rounds: int) -> d
         theirs = [sys.executable, "-c", TIMM_EVAL, str(folder / "timm.xml"), str(pictures), threads, workers]
         calls[f"timm, {workers} workers"] = _command(theirs)
     start = time.perf_counter()
-    timings = take_turns(calls, rounds=rounds, turn_s=0)
+    timings = take_turns(calls, rounds=rounds, turn_s=0, warm_up=False)
     best = min(list(timings)[1:], key=lambda name: timings[name].median_s)
     chosen = {"coatnet eval": timings["coatnet eval"], best: timings[best]}
     return {**_row(f"evaluation of {num_images} JPEGs, bf16", chosen, num_images, start)}

@@ -34,8 +34,10 @@ class Ratio:
     high: float
 
 
-def take_turns(contenders: Mapping[str, Callable[[], object]], *, rounds: int, turn_s: float) -> dict[str, Timing]:
-    """Call each for `turn_s` seconds, at least once, in each of the rounds; the first call of a turn is not timed."""
+def take_turns(
+    contenders: Mapping[str, Callable[[], object]], *, rounds: int, turn_s: float, warm_up: bool = True
+) -> dict[str, Timing]:
+    """Call each for `turn_s` seconds, at least once, in each of the rounds; a turn's first is not timed, to warm up."""
     turns: dict[str, list[list[float]]] = {name: [] for name in contenders}
     stderr = Console(stderr=True)
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
@@ -43,13 +45,14 @@ def take_turns(contenders: Mapping[str, Callable[[], object]], *, rounds: int, t
         for _ in range(rounds):
             for name, call in contenders.items():
                 bar.update(task, description=name)
-                turns[name].append(_turn(call, turn_s))
+                turns[name].append(_turn(call, turn_s, warm_up))
                 bar.advance(task)
     return {name: _timing(found) for name, found in turns.items()}
 
 
-def _turn(call: Callable[[], object], turn_s: float) -> list[float]:
-    call()
+def _turn(call: Callable[[], object], turn_s: float, warm_up: bool) -> list[float]:
+    if warm_up:
+        call()
     times: list[float] = []
     while not times or sum(times) < turn_s:
         start = time.perf_counter()
