@@ -176,7 +176,7 @@ def _first_prediction(config: ModelConfig, folder: Path, picture: Path, rounds: 
 def _evaluation(folder: Path, pictures: Path, num_images: int, rounds: int) -> dict[str, Any]:
     """Compare in bf16, timm's loader feeding timm's network in OpenVINO: its best path by `bench infer`."""
     import_peer("openvino")
-    import openvino
+    import openvino  # pyright: ignore[reportMissingImports]
 
     from coatnet.bench.peers import timm_twin
     from coatnet.classifier import load

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import openvino
+import openvino  # pyright: ignore[reportMissingImports]
 import torch
 from torch import Tensor, nn
 
@@ -58,7 +58,7 @@ def convert(network: nn.Module, image_shape: tuple[int, ...]) -> openvino.Model:
 
 def quantize(model: openvino.Model, calibration: Sequence[Tensor]) -> openvino.Model:
     """Give a model 8 bits wherever NNCF holds it to be harmless."""
-    import nncf
+    import nncf  # pyright: ignore[reportMissingImports]
 
     images = [image[None].numpy() for batch in calibration for image in batch]
     return nncf.quantize(
