@@ -31,7 +31,7 @@ struct Op {
     const float *squeeze, *squeeze_bias, *excite, *excite_bias;  // GATE
     float *made_scale, *made_bias;          // SCALE: by image and output channel
     // Training (training.h): a map and its gradient; BatchNorm as a factor and a shift by channel; what gradients mix.
-    const char *gradient;
+    char *gradient;
     const float *factor, *shift, *gates, *mean_slopes, *mix;
     float *weight_sums;
     char *out;

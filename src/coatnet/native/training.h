@@ -11,13 +11,7 @@
 
 constexpr int64_t STRIP = 14;  // lines that a thread does in one go, with the line before and after computed again
 
-struct Line {
-    const Op& op;
-    int64_t pixels, bytes_;
-    explicit Line(const Op& op) : op(op), pixels(op.cells), bytes_(op.cells * op.width * 2) {}
-    const char* of(const char* map, int64_t line) const { return map + line * bytes_; }
-    char* of(char* map, int64_t line) const { return map + line * bytes_; }
-};
+inline int64_t line_bytes(const Op& op) { return 2 * op.cells * op.width; }
 
 INLINE __m512 by_channel(const float* values, int64_t c, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, values + c); }
 
@@ -26,22 +20,70 @@ INLINE void keep_sums(const Op& op, int64_t line, int64_t c, __mmask16 mask, __m
     _mm512_mask_storeu_ps(op.sums + (2 * line + 1) * op.width + c, mask, second);
 }
 
-// MOMENTS: the sums of source and of its square.
-inline void moments(const Op& op, int64_t thread, int64_t threads) {
+// 16 channels of one line: where they are, what BatchNorm does to them, and what is summed over the line's pixels.
+struct Channels {
+    int64_t image, first;
+    __mmask16 mask;
+    __m512 factor = _mm512_setzero_ps(), shift = factor, sum = factor, second = factor;
+    INLINE __m512 read(const char* map, int64_t at) const { return load<BF16>(map + at, mask); }
+    INLINE __m512 normed(__m512 value) const { return _mm512_fmadd_ps(value, factor, shift); }
+};
+
+// Call `pixel(channels, at)` for every pixel, `at` bytes into any of the maps, line after line; keep each line's sums.
+template <class Pixel>
+INLINE void each_pixel(const Op& op, int64_t thread, int64_t threads, Pixel pixel) {
     const Share share(op.images * op.lines, thread, threads);
-    const Line lines(op);
     for (int64_t line = share.first; line < share.last; line++)
         for (int64_t c = 0; c < op.width; c += 16) {
             const __mmask16 mask = tail(op.width - c);
-            const char* at = lines.of(op.source, line) + 2 * c;
-            __m512 sum = _mm512_setzero_ps(), squares = sum;
-            for (int64_t x = 0; x < op.cells; x++, at += 2 * op.width) {
-                const __m512 h = load<BF16>(at, mask);
-                sum = _mm512_add_ps(sum, h);
-                squares = _mm512_fmadd_ps(h, h, squares);
-            }
-            keep_sums(op, line, c, mask, sum, squares);
+            Channels s = {line / op.lines, c, mask};
+            if (op.factor) s.factor = by_channel(op.factor, c, mask), s.shift = by_channel(op.shift, c, mask);
+            const int64_t first = line * line_bytes(op) + 2 * c, end = first + line_bytes(op);
+            for (int64_t at = first; at < end; at += 2 * op.width) pixel(s, at);
+            keep_sums(op, line, c, mask, s.sum, s.second);
         }
+}
+
+// MOMENTS: the sums of source and of its square.
+inline void moments(const Op& op, int64_t thread, int64_t threads) {
+    each_pixel(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
+        const __m512 h = s.read(op.source, at);
+        s.sum = _mm512_add_ps(s.sum, h);
+        s.second = _mm512_fmadd_ps(h, h, s.second);
+    });
+}
+
+// ACTED: out = gelu(factor * source + shift), and its sums (the second ones are 0).
+inline void acted(const Op& op, int64_t thread, int64_t threads) {
+    each_pixel(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
+        const __m512 a = gelu<false>(s.normed(s.read(op.source, at)));
+        s.sum = _mm512_add_ps(s.sum, a);
+        store<BF16>(op.out + at, a, s.mask);
+    });
+}
+
+// GATE_SLOPE: the sums of gradient * a, where a = gelu(factor * source + shift); the second ones are 0.
+inline void gate_slope(const Op& op, int64_t thread, int64_t threads) {
+    each_pixel(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
+        const __m512 a = gelu<false>(s.normed(s.read(op.source, at)));
+        s.sum = _mm512_fmadd_ps(s.read(op.gradient, at), a, s.sum);
+    });
+}
+
+// ACTED_SLOPE: with z = factor * source + shift, a = gelu(z): the gradient of z, (gradient * gate + mean_slope) *
+// gelu'(z), over the gradient itself; its sums, alone and times source; and out = a * gate.
+inline void acted_slope(const Op& op, int64_t thread, int64_t threads) {
+    each_pixel(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
+        const __m512 gate = by_channel(op.gates + s.image * op.width, s.first, s.mask);
+        const __m512 mean_slope = by_channel(op.mean_slopes + s.image * op.width, s.first, s.mask);
+        const __m512 h = s.read(op.source, at), z = s.normed(h);
+        store<BF16>(op.out + at, _mm512_mul_ps(gelu<false>(z), gate), s.mask);
+        const __m512 above = _mm512_fmadd_ps(s.read(op.gradient, at), gate, mean_slope);
+        const __m512 slope = _mm512_mul_ps(above, gelu_slope(z));
+        s.sum = _mm512_add_ps(s.sum, slope);
+        s.second = _mm512_fmadd_ps(slope, h, s.second);
+        store<BF16>(op.gradient + at, slope, s.mask);
+    });
 }
 
 // One line of numbers by (channel, pixel) within 3 lines that slide down a map: line y is at (y mod 3).
@@ -57,12 +99,11 @@ struct Ring {
 inline void acted_depthwise(const Op& op, int64_t thread, int64_t threads) {
     const int64_t strips = (op.lines + STRIP - 1) / STRIP;
     const Share share(op.images * strips, thread, threads);
-    const Line lines(op);
     const float* weights = (const float*)op.weight;
     Ring ring(op.cells, op.width);
     auto fill = [&](int64_t image, int64_t y) {
         if (y < 0 || y >= op.lines) return ring.clear(y);
-        const char* from = lines.of(op.source, image * op.lines + y);
+        const char* from = op.source + (image * op.lines + y) * line_bytes(op);
         float* to = ring.line(y);
         for (int64_t x = 0; x < op.cells; x++)
             for (int64_t c = 0; c < op.width; c += 16) {
@@ -85,7 +126,7 @@ inline void acted_depthwise(const Op& op, int64_t thread, int64_t threads) {
                 for (int k = 0; k < 9; k++) w[k / 3][k % 3] = by_channel(weights + k * op.width, c, mask);
                 const float* at[3] = {ring.line(y - 1) + c, ring.line(y) + c, ring.line(y + 1) + c};
                 __m512 before = _mm512_setzero_ps(), here = before;
-                char* out = lines.of(op.out, line) + 2 * c;
+                char* out = op.out + line * line_bytes(op) + 2 * c;
                 for (int64_t x = 0; x <= op.cells; x++) {
                     __m512 after = _mm512_setzero_ps();
 #pragma GCC unroll 3
@@ -109,73 +150,10 @@ inline void acted_depthwise(const Op& op, int64_t thread, int64_t threads) {
     }
 }
 
-// ACTED: out = gelu(factor * source + shift), and its sums (the second ones are 0).
-inline void acted(const Op& op, int64_t thread, int64_t threads) {
-    const Share share(op.images * op.lines, thread, threads);
-    const Line lines(op);
-    for (int64_t line = share.first; line < share.last; line++)
-        for (int64_t c = 0; c < op.width; c += 16) {
-            const __mmask16 mask = tail(op.width - c);
-            const __m512 factor = by_channel(op.factor, c, mask), shift = by_channel(op.shift, c, mask);
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t x = 0; x < op.cells; x++) {
-                const int64_t at = 2 * (x * op.width + c);
-                const __m512 a =
-                    gelu<false>(_mm512_fmadd_ps(load<BF16>(lines.of(op.source, line) + at, mask), factor, shift));
-                sum = _mm512_add_ps(sum, a);
-                store<BF16>(lines.of(op.out, line) + at, a, mask);
-            }
-            keep_sums(op, line, c, mask, sum, _mm512_setzero_ps());
-        }
-}
-
-// GATE_SLOPE: the sums of gradient * a, where a = gelu(factor * source + shift); the second ones are 0.
-inline void gate_slope(const Op& op, int64_t thread, int64_t threads) {
-    const Share share(op.images * op.lines, thread, threads);
-    const Line lines(op);
-    for (int64_t line = share.first; line < share.last; line++)
-        for (int64_t c = 0; c < op.width; c += 16) {
-            const __mmask16 mask = tail(op.width - c);
-            const __m512 factor = by_channel(op.factor, c, mask), shift = by_channel(op.shift, c, mask);
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t x = 0; x < op.cells; x++) {
-                const int64_t at = 2 * (x * op.width + c);
-                const __m512 a =
-                    gelu<false>(_mm512_fmadd_ps(load<BF16>(lines.of(op.source, line) + at, mask), factor, shift));
-                sum = _mm512_fmadd_ps(load<BF16>(lines.of(op.gradient, line) + at, mask), a, sum);
-            }
-            keep_sums(op, line, c, mask, sum, _mm512_setzero_ps());
-        }
-}
-
-// ACTED_SLOPE: with z = factor * source + shift, a = gelu(z): the gradient of z, (gradient * gate + mean_slope) *
-// gelu'(z), over the gradient itself; its sums, alone and times source; and out = a * gate.
-inline void acted_slope(const Op& op, int64_t thread, int64_t threads) {
-    const Share share(op.images * op.lines, thread, threads);
-    const Line lines(op);
-    for (int64_t line = share.first; line < share.last; line++) {
-        const int64_t image = line / op.lines;
-        for (int64_t c = 0; c < op.width; c += 16) {
-            const __mmask16 mask = tail(op.width - c);
-            const __m512 factor = by_channel(op.factor, c, mask), shift = by_channel(op.shift, c, mask);
-            const __m512 gate = by_channel(op.gates + image * op.width, c, mask);
-            const __m512 mean_slope = by_channel(op.mean_slopes + image * op.width, c, mask);
-            __m512 sum = _mm512_setzero_ps(), with_source = sum;
-            for (int64_t x = 0; x < op.cells; x++) {
-                const int64_t at = 2 * (x * op.width + c);
-                char* place = const_cast<char*>(lines.of(op.gradient, line)) + at;
-                const __m512 h = load<BF16>(lines.of(op.source, line) + at, mask);
-                const __m512 z = _mm512_fmadd_ps(h, factor, shift);
-                store<BF16>(lines.of(op.out, line) + at, _mm512_mul_ps(gelu<false>(z), gate), mask);
-                const __m512 slope =
-                    _mm512_mul_ps(_mm512_fmadd_ps(load<BF16>(place, mask), gate, mean_slope), gelu_slope(z));
-                sum = _mm512_add_ps(sum, slope);
-                with_source = _mm512_fmadd_ps(slope, h, with_source);
-                store<BF16>(place, slope, mask);
-            }
-            keep_sums(op, line, c, mask, sum, with_source);
-        }
-    }
+// mix0 * a + mix1 * b + mix2
+INLINE __m512 mixture(const Op& op, __m512 a, __m512 b, int64_t c, __mmask16 mask) {
+    const __m512 rest = by_channel(op.mix + 2 * op.width, c, mask);
+    return _mm512_fmadd_ps(b, by_channel(op.mix + op.width, c, mask), _mm512_fmadd_ps(a, by_channel(op.mix, c, mask), rest));
 }
 
 // DEPTHWISE_SLOPE: the way back through ACTED_DEPTHWISE. The gradient of its output is mix0 * gradient + mix1 * residual
@@ -184,20 +162,17 @@ inline void acted_slope(const Op& op, int64_t thread, int64_t threads) {
 inline void depthwise_slope(const Op& op, int64_t thread, int64_t threads) {
     const int64_t strips = (op.lines + STRIP - 1) / STRIP;
     const Share share(op.images * strips, thread, threads);
-    const Line lines(op);
     const float* weights = (const float*)op.weight;
     Ring ring(op.cells, op.width);
     auto fill = [&](int64_t image, int64_t y) {
         if (y < 0 || y >= op.lines) return ring.clear(y);
-        const int64_t line = image * op.lines + y;
+        const int64_t start = (image * op.lines + y) * line_bytes(op);
         for (int64_t x = 0; x < op.cells; x++)
             for (int64_t c = 0; c < op.width; c += 16) {
                 const __mmask16 mask = tail(op.width - c);
                 const int64_t at = 2 * (x * op.width + c);
-                __m512 g = _mm512_fmadd_ps(load<BF16>(lines.of(op.gradient, line) + at, mask), by_channel(op.mix, c, mask),
-                                           by_channel(op.mix + 2 * op.width, c, mask));
-                g = _mm512_fmadd_ps(load<BF16>(lines.of(op.residual, line) + at, mask),
-                                    by_channel(op.mix + op.width, c, mask), g);
+                const __m512 g = mixture(op, load<BF16>(op.gradient + start + at, mask),
+                                         load<BF16>(op.residual + start + at, mask), c, mask);
                 _mm512_mask_storeu_ps(ring.line(y) + x * op.width + c, mask, g);
             }
     };
@@ -221,7 +196,7 @@ inline void depthwise_slope(const Op& op, int64_t thread, int64_t threads) {
                 }
                 for (int64_t x = 0; x < op.cells; x++) {
                     const int64_t at = 2 * (x * op.width + c);
-                    const __m512 h = load<BF16>(lines.of(op.source, line) + at, mask);
+                    const __m512 h = load<BF16>(op.source + line * line_bytes(op) + at, mask);
                     const __m512 z = _mm512_fmadd_ps(h, factor, shift);
                     const __m512 a = gelu<false>(z);
                     __m512 slope = _mm512_setzero_ps();
@@ -235,7 +210,7 @@ inline void depthwise_slope(const Op& op, int64_t thread, int64_t threads) {
                     slope = _mm512_mul_ps(slope, gelu_slope(z));
                     sum = _mm512_add_ps(sum, slope);
                     with_source = _mm512_fmadd_ps(slope, h, with_source);
-                    store<BF16>(lines.of(op.out, line) + at, slope, mask);
+                    store<BF16>(op.out + line * line_bytes(op) + at, slope, mask);
                 }
 #pragma GCC unroll 9
                 for (int k = 0; k < 9; k++) _mm512_mask_storeu_ps(weight_sums + k * op.width + c, mask, dw[k]);
@@ -252,9 +227,7 @@ inline void mixed(const Op& op, int64_t thread, int64_t threads) {
         for (int64_t c = 0; c < op.width; c += 16) {
             const __mmask16 mask = tail(op.width - c);
             const int64_t at = 2 * (pixel * op.width + c);
-            __m512 g = _mm512_fmadd_ps(load<BF16>(op.gradient + at, mask), by_channel(op.mix, c, mask),
-                                       by_channel(op.mix + 2 * op.width, c, mask));
-            g = _mm512_fmadd_ps(load<BF16>(op.source + at, mask), by_channel(op.mix + op.width, c, mask), g);
+            const __m512 g = mixture(op, load<BF16>(op.gradient + at, mask), load<BF16>(op.source + at, mask), c, mask);
             store<BF16>(op.out + at, g, mask);
         }
 }
