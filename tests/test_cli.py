@@ -17,9 +17,9 @@ import torch
 
 import coatnet
 from coatnet import cli
-from coatnet.cli import parse_duration_s, parse_size
 from coatnet.errors import ConfigError
 from coatnet.evaluation import command as evaluation_command
+from coatnet.typed import parse_duration_s, parse_size
 from training.tiny import CLASSES, write_pictures
 
 COMMANDS = ("models", "train", "eval", "predict")

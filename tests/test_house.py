@@ -20,7 +20,7 @@ FLOORS = (  # top to bottom; a room imports from lower floors or from itself
     ("fast",),
     ("model",),
     ("data", "recipes", "family_table"),
-    ("zoo", "layout"),
+    ("zoo", "layout", "typed"),
     ("config",),
     ("record", "ranks", "native"),
     ("files",),

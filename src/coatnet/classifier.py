@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from coatnet import __version__
-from coatnet.config import ModelConfig, PreprocessingConfig
+from coatnet.config import ModelConfig, Precision, PreprocessingConfig
 from coatnet.data.decode import Pixels, decode
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import BadImageError, ConfigError, DataError, ModelFileError
-from coatnet.fast.engines import OptimizedModel, Precision, optimize, optimize_at_once
+from coatnet.fast.engines import OptimizedModel, optimize, optimize_at_once
 from coatnet.files import MANIFEST, new_folder, read_json, verify_folder, write_json
 from coatnet.model.network import CoAtNet
 

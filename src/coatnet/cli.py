@@ -6,9 +6,7 @@ where it is used.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from coatnet import __version__
+from coatnet.bench.cli import bench
 from coatnet.errors import CoatnetError, ConfigError
+from coatnet.typed import Device, FloatPrecisionFlag, Json, parse_duration_s, parse_size, print_json
 
 if TYPE_CHECKING:
     from coatnet.evaluation.metrics import Summary
@@ -35,29 +35,9 @@ app = App(
     result_action="return_value",
 )
 
+app.command(bench)
+
 STOPPED = 130  # exit status after Ctrl-C, as shells have it
-
-Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object instead of text.")]
-Precision = Annotated[
-    Literal["fp32", "bf16"], Parameter(help="bf16 is faster where the processor has it; answers move a little.")
-]
-Device = Annotated[str, Parameter(help="cpu, cuda, cuda:0, mps, or auto for the best at hand.")]
-
-
-def parse_duration_s(text: str) -> float:
-    """Return seconds of "90", "90s", "20m" or "1.5h". Raises: ConfigError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
-    if match is None or float(match[1]) == 0:
-        raise ConfigError(f"A time of '{text}' cannot be read. Give it like 90s, 20m or 1.5h.")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Return (height, width) in px of "224" or "192x256". Raises: ConfigError."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
-    if match is None or 0 in (int(match[1]), int(match[2] or match[1])):
-        raise ConfigError(f"An image size of '{text}' cannot be read. Give it like 224 or 192x256 (height x width).")
-    return int(match[1]), int(match[2] or match[1])
 
 
 @app.command
@@ -219,7 +199,7 @@ def evaluate(
     batch_size: int = 256,
     device: Device = "auto",
     workers: int = 0,
-    precision: Precision = "fp32",
+    precision: FloatPrecisionFlag = "fp32",
     json: Json = False,
 ) -> None:
     """Measure a trained model on labelled pictures: accuracy with 95 % intervals, class by class.
@@ -254,7 +234,7 @@ def predict(
     k: int = 5,
     format: Literal["table", "csv", "jsonl"] = "table",  # noqa: A002 - what users call it
     device: Device = "auto",
-    precision: Precision = "fp32",
+    precision: FloatPrecisionFlag = "fp32",
 ) -> None:
     """Name what is on pictures: the k most probable labels of each.
 
@@ -277,171 +257,6 @@ def predict(
         raise CoatnetError(f"{num_bad} of the files could not be read; they are named above.")
 
 
-bench = App(
-    name="bench",
-    help="Measure speed and memory in turns with timm, ONNX Runtime and OpenVINO at the same work.",
-    help_epilogue="Start with:  coatnet bench infer --dtype bf16",
-    help_format="plaintext",
-)
-app.command(bench)
-
-Against = Annotated[str, Parameter(help="Peers, with commas: timm, onnxruntime, openvino; none for ours alone.")]
-Threads = Annotated[int, Parameter(help="0 for as many as torch takes.")]
-Out = Annotated[Path | None, Parameter(help="Write the record here, as --json prints it.")]
-
-
-@bench.command
-def infer(
-    *,
-    model: str = "coatnet_0",
-    image_size: str | None = None,
-    batch: str = "1,16",
-    dtype: str = "fp32,bf16,int8",
-    against: Against = "timm,onnxruntime,openvino",
-    threads: Threads = 0,
-    device: Device = "auto",
-    out: Out = None,
-    json: Json = False,
-) -> None:
-    """Compare inference: our fast form with timm's network as each library runs it.
-
-    Example: coatnet bench infer --batch 1 --dtype fp32 --against timm
-
-    Parameters
-    ----------
-    batch: str
-        Images at once, with commas.
-    dtype: str
-        fp32, bf16, int8, with commas.
-    """
-    from coatnet.bench.command import measure, parse_choices, parse_counts, parse_device, parse_libraries, parse_model
-    from coatnet.bench.infer import bench_infer
-
-    wanted: dict[str, Any] = {
-        "config": parse_model(model), "image_size": parse_size(image_size) if image_size else None,
-        "batches": parse_counts(batch), "precisions": parse_choices(dtype, ("fp32", "bf16", "int8")),
-        "libraries": parse_libraries(against), "device": parse_device(device),
-    }  # fmt: skip
-    record = measure("infer", lambda: bench_infer(**wanted), threads=threads, out=out, quiet=json)
-    if json:
-        print_json(record)
-
-
-@bench.command(name="train")
-def bench_train_command(
-    *,
-    model: str = "coatnet_0",
-    image_size: str | None = None,
-    batch: int = 16,
-    dtype: Literal["fp32", "bf16"] = "bf16",
-    against: Against = "timm",
-    threads: Threads = 0,
-    device: Device = "auto",
-    out: Out = None,
-    json: Json = False,
-) -> None:
-    """Compare training: one update of ours with one of timm's, eager and compiled, and the memory that they take.
-
-    Example: coatnet bench train --batch 8
-    """
-    from coatnet.bench.command import measure, parse_device, parse_libraries, parse_model
-    from coatnet.bench.train import bench_train
-
-    wanted: dict[str, Any] = {
-        "config": parse_model(model), "image_size": parse_size(image_size) if image_size else None, "batch": batch,
-        "precision": dtype, "libraries": parse_libraries(against), "device": parse_device(device),
-    }  # fmt: skip
-    record = measure("train", lambda: [bench_train(**wanted)], threads=threads, out=out, quiet=json)
-    if json:
-        print_json(record)
-
-
-@bench.command
-def data(
-    *,
-    commands: bool = False,
-    images: int = 2000,
-    threads: Threads = 0,
-    out: Out = None,
-    json: Json = False,
-) -> None:
-    """Compare JPEG files to training tensors on one core with PIL's pipeline.
-
-    Example: coatnet bench data
-
-    Parameters
-    ----------
-    commands: bool
-        Also compare `coatnet predict` and `coatnet eval`, as typed into a cold shell, with timm's ways.
-    images: int
-        JPEGs of the folder that is evaluated.
-    """
-    from coatnet.bench.command import measure, parse_model
-    from coatnet.bench.data import bench_commands, bench_data
-
-    def run() -> list[dict[str, Any]]:
-        more = bench_commands(parse_model("coatnet_0"), num_images=images, rounds=5) if commands else []
-        return bench_data() + more
-
-    record = measure("data", run, threads=threads, out=out, quiet=json)
-    if json:
-        print_json(record)
-
-
-@bench.command
-def growth(
-    *,
-    model: str = "coatnet_0",
-    dtype: Literal["fp32", "bf16", "int8"] = "bf16",
-    plot: Path | None = None,
-    threads: Threads = 0,
-    out: Out = None,
-    json: Json = False,
-) -> None:
-    """Measure how the rate falls as batch, image size and network grow.
-
-    Example: coatnet bench growth --dtype fp32 --plot growth.png
-    """
-    from coatnet.bench.command import measure, parse_model
-    from coatnet.bench.growth import bench_growth, draw_growth
-
-    record = measure("growth", lambda: [bench_growth(parse_model(model), dtype)], threads=threads, out=out, quiet=json)
-    if plot is not None:
-        draw_growth(record["figures"]["rows"][0], plot)
-    if json:
-        print_json(record)
-
-
-@bench.command
-def agreement(
-    run: Path,
-    data: str,
-    *,
-    dtype: str = "bf16,int8",
-    threads: Threads = 0,
-    out: Out = None,
-    json: Json = False,
-) -> None:
-    """Measure how often a trained model answers as in fp32, and what accuracy that costs, on the test part.
-
-    Example: coatnet bench agreement runs/PICTURES PICTURES
-
-    Parameters
-    ----------
-    run: Path
-        Run folder or model folder.
-    data: str
-        Folder with train/ (int8 is calibrated on some of it) and test/.
-    """
-    from coatnet.bench.agreement import bench_agreement
-    from coatnet.bench.command import measure, parse_choices
-
-    precisions = parse_choices(dtype, ("bf16", "int8"))
-    record = measure("agreement", lambda: bench_agreement(run, data, precisions), threads=threads, out=out, quiet=json)
-    if json:
-        print_json(record)
-
-
 def _result_figures(result: Result) -> dict[str, Any]:
     summary: Summary | None = result.summary
     return {
@@ -454,11 +269,6 @@ def _result_figures(result: Result) -> dict[str, Any]:
         "num_bad_images": result.num_bad_images,
         "was_interrupted": result.was_interrupted,
     }
-
-
-def print_json(value: Any) -> None:
-    """Print one JSON value."""
-    print(json.dumps(value, indent=2))
 
 
 def run(tokens: Sequence[str]) -> int:

@@ -15,6 +15,8 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 from coatnet.errors import ConfigError, name_hint
 
 Size = tuple[int, int]  # (height, width) in pixels
+FloatPrecision = Literal["fp32", "bf16"]  # what networks are trained in
+Precision = Literal["fp32", "bf16", "int8"]  # what trained ones are used in
 
 
 def _check(holds: bool, met: str, allowed: str) -> None:
@@ -305,7 +307,7 @@ class TrainConfig(Config):
     evaluation_interval_epochs: float = 1.0
     init: str | None = None  # run, model folder or safetensors file to fine-tune from
     freeze: Literal["S0", "S1", "S2", "S3", "S4"] | None = None  # keep everything up to this stage as it is
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: FloatPrecision = "fp32"
     compile: bool = False
     activation_checkpointing: bool = False
     device: str = "cpu"

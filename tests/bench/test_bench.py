@@ -110,7 +110,7 @@ def test_infer_against_every_peer():
     pytest.importorskip("openvino")
     pytest.importorskip("onnxruntime")
     rows = bench_infer(
-        SMALL, image_size=None, batches=[2], precisions=["fp32", "bf16", "int8"],
+        SMALL, batches=[2], precisions=["fp32", "bf16", "int8"],
         libraries=["timm", "onnxruntime", "openvino"], device=CPU, rounds=1,
     )  # fmt: skip
     names = [set(row["images_per_s"]) for row in rows]
@@ -123,7 +123,7 @@ def test_infer_against_every_peer():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_train_measures_updates_and_memory(precision: str):
     config = replace(SMALL, depths=(2, 1, 1, 1, 1))
-    row = bench_train(config, image_size=None, batch=4, precision=precision, libraries=[], device=CPU, rounds=1)
+    row = bench_train(config, batch=4, precision=precision, libraries=[], device=CPU, rounds=1)
     assert row["images_per_s"]["coatnet"] > 0
     assert row["peak_memory_mib"]["coatnet"] is None or row["peak_memory_mib"]["coatnet"] > 1
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from coatnet.classifier import Classifier, load
+from coatnet.config import Precision
 from coatnet.data.loader import EvaluationLoader
 from coatnet.data.sources import ImageSet, open_data
 from coatnet.errors import DataError
 from coatnet.evaluation.metrics import evaluate, wilson_percent
 from coatnet.fast.engines import optimize
-from coatnet.fast.plan import Precision
 
 NUM_CALIBRATION = 256  # pictures of the training part, drawn over all classes
 

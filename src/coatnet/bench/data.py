@@ -33,6 +33,7 @@ from coatnet.errors import CoatnetError
 SIZES = ((375, 500), (1200, 1600))  # px, height and width
 NUM_FILES = 16
 PX = 224
+ROUNDS, COMMAND_ROUNDS, EVALUATION_ROUNDS = 9, 5, 2
 
 
 def draw_picture(height: int, width: int, seed: int) -> Image.Image:
@@ -60,7 +61,7 @@ def draw_folder(folder: Path, height: int, width: int, count: int, num_classes: 
     return folder
 
 
-def bench_data(*, rounds: int = 5, turn_s: float = 1.0) -> list[dict[str, Any]]:
+def bench_data(*, rounds: int = ROUNDS, turn_s: float = 1.0) -> list[dict[str, Any]]:
     """Measure decode, RandomResizedCrop 224 and flip on one core: ours against ImageFolder's PIL pipeline."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -142,7 +143,7 @@ print(right, len(data))
 """
 
 
-def bench_commands(config: ModelConfig, *, num_images: int, rounds: int) -> list[dict[str, Any]]:
+def bench_commands(config: ModelConfig, *, num_images: int, rounds: int = COMMAND_ROUNDS) -> list[dict[str, Any]]:
     """Measure the first prediction from a cold shell and an evaluation of a folder, as commands, in turns."""
     import_peer("timm")
     with TemporaryDirectory() as name:
@@ -153,7 +154,7 @@ def bench_commands(config: ModelConfig, *, num_images: int, rounds: int) -> list
         pictures = draw_folder(folder / "pictures", *SIZES[0], num_images)
         return [
             _first_prediction(config, folder, next(pictures.rglob("*.jpg")), rounds),
-            _evaluation(folder, pictures, num_images, max(1, rounds // 3)),
+            _evaluation(folder, pictures, num_images, EVALUATION_ROUNDS),
         ]
 
 
@@ -186,17 +187,8 @@ def _evaluation(folder: Path, pictures: Path, num_images: int, rounds: int) -> d
     model.reshape([-1, 3, PX, PX])
     openvino.save_model(model, folder / "timm.xml", compress_to_fp16=False)
     threads = str(torch.get_num_threads())
-    ours = [
-        sys.executable,
-        "-m",
-        "coatnet",
-        "eval",
-        str(folder / "model"),
-        str(pictures),
-        "--precision",
-        "bf16",
-        "--json",
-    ]
+    words = ["eval", str(folder / "model"), str(pictures), "--precision", "bf16", "--json"]
+    ours = [sys.executable, "-m", "coatnet", *words]
     calls = {"coatnet eval": _command(ours)}
     for workers in ("0", "1"):  # the better of the two is timm's figure
         theirs = [sys.executable, "-c", TIMM_EVAL, str(folder / "timm.xml"), str(pictures), threads, workers]
@@ -205,7 +197,7 @@ def _evaluation(folder: Path, pictures: Path, num_images: int, rounds: int) -> d
     timings = take_turns(calls, rounds=rounds, turn_s=0, warm_up=False)
     best = min(list(timings)[1:], key=lambda name: timings[name].median_s)
     chosen = {"coatnet eval": timings["coatnet eval"], best: timings[best]}
-    return {**_row(f"evaluation of {num_images} JPEGs, bf16", chosen, num_images, start)}
+    return _row(f"evaluation of {num_images} JPEGs, bf16", chosen, num_images, start)
 
 
 def _command(words: list[str]) -> Callable[[], object]:

@@ -12,9 +12,8 @@ import torch
 
 from coatnet.bench.infer import lively, random_images
 from coatnet.bench.turns import take_turns
-from coatnet.config import ModelConfig
+from coatnet.config import ModelConfig, Precision
 from coatnet.fast.engines import optimize
-from coatnet.fast.plan import Precision
 from coatnet.layout import count
 from coatnet.zoo import ZOO
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,8 @@ from coatnet.bench.memory import peak_mib
 from coatnet.bench.peers import Forward, Library, check_same_answers, check_same_work, contenders, timm_twin
 from coatnet.bench.turns import ratio, take_turns
 from coatnet.bench.weights import scramble
-from coatnet.config import ModelConfig, Size
+from coatnet.config import ModelConfig, Precision
 from coatnet.fast.engines import optimize
-from coatnet.fast.plan import Precision
 from coatnet.model.network import CoAtNet
 
 ROUNDS, TURN_S = 5, 1.0
@@ -29,7 +28,6 @@ OURS = "coatnet"
 def bench_infer(
     config: ModelConfig,
     *,
-    image_size: Size | None,
     batches: Sequence[int],
     precisions: Sequence[Precision],
     libraries: Sequence[Library],
@@ -40,7 +38,7 @@ def bench_infer(
 
     Raises: ConfigError for a network or a library that is not there; DifferentWorkError if outputs disagree.
     """
-    model = lively(config if image_size is None else replace(config, image_size=image_size)).to(device)
+    model = lively(config).to(device)
     twin = None
     if libraries:
         twin = timm_twin(model).to(device)

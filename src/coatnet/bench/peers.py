@@ -22,7 +22,6 @@ from coatnet.model.layers import BATCH_NORM_EPS, LAYER_NORM_EPS
 from coatnet.model.network import CoAtNet
 
 Library = Literal["timm", "onnxruntime", "openvino"]
-LIBRARIES: tuple[Library, ...] = ("timm", "onnxruntime", "openvino")
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.5}  # of outputs, against their standard deviation; root mean square
 PAPERS_CHOICES: dict[str, Any] = {
     "conv_stride_mode": "1x1",

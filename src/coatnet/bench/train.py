@@ -19,7 +19,7 @@ from coatnet.bench.machine import measure_rates, median_rates
 from coatnet.bench.memory import peak_mib
 from coatnet.bench.peers import Library, check_same_answers, check_same_work, timm_twin
 from coatnet.bench.turns import ratio, take_turns
-from coatnet.config import ModelConfig, Size
+from coatnet.config import ModelConfig
 from coatnet.errors import CoatnetError
 from coatnet.fast.training import for_training
 
@@ -63,7 +63,6 @@ def _form(name: str, config: ModelConfig) -> nn.Module:
 def bench_train(
     config: ModelConfig,
     *,
-    image_size: Size | None,
     batch: int,
     precision: str,
     libraries: Sequence[Library],
@@ -71,7 +70,6 @@ def bench_train(
     rounds: int = ROUNDS,
 ) -> dict[str, Any]:
     """Measure updates of one batch size; return a row of figures. Raises: as `bench_infer`."""
-    config = config if image_size is None else replace(config, image_size=image_size)
     names = ["coatnet", *(["timm eager", "timm compiled"] if "timm" in libraries else [])]
     models = {name: _form(name, config) for name in names}
     if len(models) > 1:

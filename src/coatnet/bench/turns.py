@@ -20,6 +20,7 @@ class Timing:
     low_s: float  # a quarter of the calls took less
     high_s: float  # a quarter took more
     rounds_s: tuple[float, ...]  # the median of each turn
+    num_calls: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,7 +65,7 @@ def _turn(call: Callable[[], object], turn_s: float, warm_up: bool) -> list[floa
 def _timing(turns: list[list[float]]) -> Timing:
     every = sorted(value for turn in turns for value in turn)
     low, median, high = statistics.quantiles(every, n=4, method="inclusive") if len(every) > 1 else every * 3
-    return Timing(median, low, high, tuple(statistics.median(turn) for turn in turns))
+    return Timing(median, low, high, tuple(statistics.median(turn) for turn in turns), len(every))
 
 
 def ratio(ours: Timing, theirs: Timing) -> Ratio:

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from coatnet.classifier import Classifier, Prediction, load
+from coatnet.config import FloatPrecision
 from coatnet.data.sources import ImageSet, Split, list_images, open_data
 from coatnet.errors import BadImageError, ConfigError, DataError
 from coatnet.evaluation.metrics import Interval, Summary, evaluate, summarise
@@ -24,7 +25,6 @@ from coatnet.ranks import find_device
 Part = Literal["train", "val", "test"]
 NUM_SEEN_AT_ONCE = 64
 WORTH_PREPARING = 4  # pictures from which on the fast form saves more than it takes to make
-Precision = Literal["fp32", "bf16"]
 
 
 def evaluate_run(
@@ -35,7 +35,7 @@ def evaluate_run(
     batch_size: int,
     device: str,
     num_workers: int,
-    precision: Precision = "fp32",
+    precision: FloatPrecision = "fp32",
 ) -> tuple[Summary, str, dict[str, str]]:
     """Measure a run's model on a part of the data; return the figures, the part's name and the bad files.
 
@@ -129,7 +129,7 @@ def predict_files(
     k: int,
     output: Literal["table", "csv", "jsonl"],
     device: str,
-    precision: Precision = "fp32",
+    precision: FloatPrecision = "fp32",
 ) -> int:
     """Print the k best labels of each picture as it is seen; return how many files could not be read."""
     paths = list_images(arguments)

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from coatnet import native
+from coatnet.config import Precision
 from coatnet.errors import ConfigError
 from coatnet.fast.calibration import Ranges, measure_ranges
 from coatnet.fast.folding import fold
-from coatnet.fast.plan import Packing, Plan, why_not
-from coatnet.fast.plan import Precision as Precision
+from coatnet.fast.packing import Packing
+from coatnet.fast.plan import Plan, why_not
 from coatnet.model.network import CoAtNet
 
 LOG = logging.getLogger("coatnet")
 KEPT_SIZES = 4  # batches and image sizes that an engine stays ready for
-CHUNK_PIXELS = (
-    4 * 224 * 224
-)  # computed at once: maps of more images fall out of the caches, of fewer weights are read more
+# Pixels computed at once: the maps of more images fall out of the caches, for fewer the weights are read more often.
+CHUNK_PIXELS = 4 * 224 * 224
 
 
 class OptimizedModel(ABC):

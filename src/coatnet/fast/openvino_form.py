@@ -19,7 +19,7 @@ import openvino  # pyright: ignore[reportMissingImports]
 import torch
 from torch import Tensor, nn
 
-from coatnet.fast.plan import Precision
+from coatnet.config import Precision
 from coatnet.files import private_cache
 from coatnet.model.network import CoAtNet
 

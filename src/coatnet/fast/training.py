@@ -8,7 +8,7 @@ for it; everything else, and every other machine, takes the readable blocks as t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from coatnet import native
 from coatnet.config import Size
-from coatnet.fast.plan import PANEL, pack, panels
+from coatnet.fast.packing import PANEL, pack, panels
 from coatnet.model.attention import Attention, FeedForward
 from coatnet.model.mbconv import MBConv
 from coatnet.model.network import CoAtNet
@@ -71,12 +71,7 @@ class _FusedMBConv(MBConv):
     def forward(self, x: Tensor, draws_B1: Tensor | None = None) -> Tensor:
         if not (_is_wanted(x) and self.expand_norm.training and self.depthwise_norm.training):
             return super().forward(x, draws_B1)
-        gate = self.squeeze_excite
-        branch = _Inverted.apply(
-            self.norm(x), self.expand.weight, self.expand_norm.weight, self.expand_norm.bias, self.depthwise.weight,
-            self.depthwise_norm.weight, self.depthwise_norm.bias, gate.reduce.weight, gate.reduce.bias,
-            gate.expand.weight, gate.expand.bias, self.shrink.weight, self.shrink.bias, self,
-        )  # fmt: skip
+        branch = _Inverted.apply(self.norm(x), self, *_Weights.of(self))
         return self.shortcut(x) + self.drop(branch, None if draws_B1 is None else draws_B1[:, 0])
 
 
@@ -147,6 +142,10 @@ class _Moments:
         self.shift = norm.bias.detach() - self.mean * self.factor
         _follow(norm, self.mean, variance.float() * (count / max(1, count - 1)))
 
+    @property
+    def fields(self) -> dict[str, Fields]:
+        return {"factor": self.factor, "shift": self.shift}
+
     def backward(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of weight and bias, and what mixes slope and map to the map's gradient, (3, C)."""
         bias_slope, with_map = sums.sum(dim=1)
@@ -178,90 +177,104 @@ def _gates(mean: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, ex
     return F.linear(F.silu(F.linear(mean, reduce.flatten(1), reduce_bias)), expand.flatten(1), expand_bias).sigmoid()
 
 
+class _Weights(NamedTuple):
+    """What MBConv's branch learns after its first norm; of gradients, the same in the same order."""
+
+    expand: Tensor
+    norm1: Tensor
+    norm1_bias: Tensor
+    depthwise: Tensor
+    norm2: Tensor
+    norm2_bias: Tensor
+    reduce: Tensor
+    reduce_bias: Tensor
+    excite: Tensor
+    excite_bias: Tensor
+    shrink: Tensor
+    shrink_bias: Tensor
+
+    @classmethod
+    def of(cls, block: MBConv) -> _Weights:
+        gate = block.squeeze_excite
+        layers = (block.expand_norm, block.depthwise, block.depthwise_norm, gate.reduce, gate.expand, block.shrink)
+        found: list[Any] = [block.expand.weight]
+        for layer in layers:
+            found += [layer.weight] if layer is block.depthwise else [layer.weight, layer.bias]
+        return cls._make(found)
+
+    @property
+    def gate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.reduce, self.reduce_bias, self.excite, self.excite_bias
+
+    @property
+    def taps(self) -> Tensor:
+        """The depthwise weights as the kernels read them, (9, C)."""
+        return self.depthwise.flatten(1).T.contiguous()
+
+
 class _Inverted(torch.autograd.Function):
     """MBConv's branch after its first norm: (B, C, H, W) -> (B, D, h, w) bf16."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, expand: Tensor, _weight1: Tensor, _bias1: Tensor, depthwise: Tensor, _weight2: Tensor,
-        _bias2: Tensor, reduce: Tensor, reduce_bias: Tensor, excite: Tensor, excite_bias: Tensor, shrink: Tensor,
-        shrink_bias: Tensor, block: MBConv,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, x: Tensor, block: MBConv, *weights: Tensor) -> Tensor:
+        w, stride = _Weights(*weights), block.expand.stride[0]
         with torch.autocast("cpu", enabled=False):
-            stride = block.expand.stride[0]
             source = x.permute(0, 2, 3, 1)[:, ::stride, ::stride].to(torch.bfloat16).contiguous()
-            expanded = _product(source, expand.flatten(1).T)
+            expanded = _product(source, w.expand.flatten(1).T)
             maps = _Maps(expanded.shape)
             first = _Moments(maps.run("MOMENTS", source=expanded), maps.pixels, _batch_norm(block.expand_norm))
             filtered = torch.empty_like(expanded)
-            taps = depthwise.flatten(1).T.contiguous()
-            sums = maps.run(
-                "ACTED_DEPTHWISE", filtered, source=expanded, factor=first.factor, shift=first.shift, weight=taps
-            )
+            sums = maps.run("ACTED_DEPTHWISE", filtered, source=expanded, weight=w.taps, **first.fields)
             second = _Moments(sums, maps.pixels, _batch_norm(block.depthwise_norm))
             acted = torch.empty_like(filtered)
-            sums = maps.run("ACTED", acted, source=filtered, factor=second.factor, shift=second.shift)
-            mean = sums[0] / (maps.lines * maps.cells)
-            gates = _gates(mean, reduce, reduce_bias, excite, excite_bias)
-            out = _gated_product(acted, gates, shrink.flatten(1), shrink_bias)
-        ctx.save_for_backward(
-            source, expanded, filtered, mean, gates, expand, depthwise, reduce, reduce_bias, excite, excite_bias, shrink
-        )
+            mean = maps.run("ACTED", acted, source=filtered, **second.fields)[0] / (maps.lines * maps.cells)
+            gates = _gates(mean, *w.gate)
+            out = _gated_product(acted, gates, w.shrink.flatten(1), w.shrink_bias)
+        ctx.save_for_backward(source, expanded, filtered, mean, gates, *weights)
         ctx.first, ctx.second, ctx.stride, ctx.in_shape, ctx.in_dtype = first, second, stride, x.shape, x.dtype
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (
-            source,
-            expanded,
-            filtered,
-            mean,
-            gates,
-            expand,
-            depthwise,
-            reduce,
-            reduce_bias,
-            excite,
-            excite_bias,
-            shrink,
-        ) = ctx.saved_tensors
-        maps, first, second = _Maps(expanded.shape), ctx.first, ctx.second
+        source, expanded, filtered, mean, gates, *weights = ctx.saved_tensors
+        w, maps, first, second = _Weights(*weights), _Maps(expanded.shape), ctx.first, ctx.second
         with torch.autocast("cpu", enabled=False):
             slope = slope.permute(0, 2, 3, 1).to(torch.bfloat16).contiguous()
-            acted_slope = _product(slope, shrink.flatten(1))
-            normed2 = {"source": filtered, "factor": second.factor, "shift": second.shift}
-            gate_slope = maps.run("GATE_SLOPE", gradient=acted_slope, **normed2)[0]
-            with torch.enable_grad():
-                inputs = [part.detach().requires_grad_() for part in (mean, reduce, reduce_bias, excite, excite_bias)]
-                mean_slope, *gate_slopes = torch.autograd.grad(_gates(*inputs), inputs, gate_slope)
+            acted_slope = _product(slope, w.shrink.flatten(1))
+            sums = maps.run("GATE_SLOPE", gradient=acted_slope, source=filtered, **second.fields)
+            mean_slope, *gate_slopes = _gate_slopes(mean, w, sums[0])
             gated = torch.empty_like(filtered)
             sums = maps.run(
-                "ACTED_SLOPE", gated, gradient=acted_slope, gates=gates,
-                mean_slopes=mean_slope.contiguous() / (maps.lines * maps.cells), **normed2,
+                "ACTED_SLOPE", gated, gradient=acted_slope, source=filtered, gates=gates,
+                mean_slopes=(mean_slope / (maps.lines * maps.cells)).contiguous(), **second.fields,
             )  # fmt: skip
             shrink_slope = _weight_slope(slope, gated)
-            weight2_slope, bias2_slope, mix = second.backward(sums)
-            taps = depthwise.flatten(1).T.contiguous()
-            strips = maps.images * -(-maps.lines // STRIP)
-            tap_sums = torch.empty(strips, 9, maps.width)
+            norm2_slope, norm2_bias_slope, mix = second.backward(sums)
+            tap_sums = torch.empty(maps.images * -(-maps.lines // STRIP), 9, maps.width)
+            expanded_slope = gated  # its memory, which is free again
             sums = maps.run(
-                "DEPTHWISE_SLOPE", gated, gradient=acted_slope, residual=filtered, source=expanded, factor=first.factor,
-                shift=first.shift, weight=taps, mix=mix, weight_sums=tap_sums,
+                "DEPTHWISE_SLOPE", expanded_slope, gradient=acted_slope, residual=filtered, source=expanded,
+                weight=w.taps, mix=mix, weight_sums=tap_sums, **first.fields,
             )  # fmt: skip
-            weight1_slope, bias1_slope, mix = first.backward(sums)
+            norm1_slope, norm1_bias_slope, mix = first.backward(sums)
             _run(
-                "MIXED", images=maps.images, lines=maps.lines, cells=maps.cells, width=maps.width, gradient=gated,
-                source=expanded, mix=mix, out=gated,
+                "MIXED", images=maps.images, lines=maps.lines, cells=maps.cells, width=maps.width, source=expanded,
+                gradient=expanded_slope, mix=mix, out=expanded_slope,
             )  # fmt: skip
-            expand_slope = _weight_slope(gated, source)
-            x_slope = _product(gated, expand.flatten(1))
-            x_slope = _spread(x_slope, ctx.stride, ctx.in_shape).permute(0, 3, 1, 2).to(ctx.in_dtype)
-        return (
-            x_slope, expand_slope.view_as(expand), weight1_slope, bias1_slope,
-            tap_sums.sum(dim=0).T.reshape(depthwise.shape), weight2_slope, bias2_slope, *gate_slopes,
-            shrink_slope.view_as(shrink), slope.flatten(0, 2).sum(dim=0, dtype=torch.float32), None,
-        )  # fmt: skip
+            x_slope = _spread(_product(expanded_slope, w.expand.flatten(1)), ctx.stride, ctx.in_shape)
+            slopes = (
+                _weight_slope(expanded_slope, source).view_as(w.expand), norm1_slope, norm1_bias_slope,
+                tap_sums.sum(dim=0).T.reshape(w.depthwise.shape), norm2_slope, norm2_bias_slope, *gate_slopes,
+                shrink_slope.view_as(w.shrink), slope.flatten(0, 2).sum(dim=0, dtype=torch.float32),
+            )  # fmt: skip
+        return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, *slopes  # in the order of _Weights
+
+
+def _gate_slopes(mean: Tensor, w: _Weights, slope: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of the means and of squeeze-excite's weights, given that of the gates (B, C)."""
+    with torch.enable_grad():
+        inputs = [part.detach().requires_grad_() for part in (mean, *w.gate)]
+        return torch.autograd.grad(_gates(*inputs), inputs, slope)
 
 
 def _spread(slope: Tensor, stride: int, shape: torch.Size) -> Tensor:

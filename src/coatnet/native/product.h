@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#include "vector.h"
+#include "gelu.h"
 
 constexpr int PANEL = 32;  // columns of W side by side
 constexpr int ROWS = 14;   // rows of A at once: 28 of the 32 registers hold sums; 14, 28, 56 and 112 px all divide

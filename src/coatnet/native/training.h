@@ -6,7 +6,6 @@
 #pragma once
 #include <vector>
 
-#include "vector.h"
 #include "product.h"
 
 constexpr int64_t STRIP = 14;  // lines that a thread does in one go, with the line before and after computed again
@@ -77,9 +76,10 @@ inline void acted_slope(const Op& op, int64_t thread, int64_t threads) {
         const __m512 gate = by_channel(op.gates + s.image * op.width, s.first, s.mask);
         const __m512 mean_slope = by_channel(op.mean_slopes + s.image * op.width, s.first, s.mask);
         const __m512 h = s.read(op.source, at), z = s.normed(h);
-        store<BF16>(op.out + at, _mm512_mul_ps(gelu<false>(z), gate), s.mask);
+        const Gelu a = gelu_with_slope(z);
+        store<BF16>(op.out + at, _mm512_mul_ps(a.value, gate), s.mask);
         const __m512 above = _mm512_fmadd_ps(s.read(op.gradient, at), gate, mean_slope);
-        const __m512 slope = _mm512_mul_ps(above, gelu_slope(z));
+        const __m512 slope = _mm512_mul_ps(above, a.slope);
         s.sum = _mm512_add_ps(s.sum, slope);
         s.second = _mm512_fmadd_ps(slope, h, s.second);
         store<BF16>(op.gradient + at, slope, s.mask);
@@ -198,16 +198,16 @@ inline void depthwise_slope(const Op& op, int64_t thread, int64_t threads) {
                     const int64_t at = 2 * (x * op.width + c);
                     const __m512 h = load<BF16>(op.source + line * line_bytes(op) + at, mask);
                     const __m512 z = _mm512_fmadd_ps(h, factor, shift);
-                    const __m512 a = gelu<false>(z);
+                    const Gelu a = gelu_with_slope(z);
                     __m512 slope = _mm512_setzero_ps();
 #pragma GCC unroll 9
                     for (int k = 0; k < 9; k++) {  // this pixel went into output (y - ky + 1, x - kx + 1)
                         const float* from = ring.line(y - k / 3 + 1) + (x - k % 3 + 1) * op.width + c;
                         const __m512 g = _mm512_maskz_loadu_ps(mask, from);
                         slope = _mm512_fmadd_ps(g, w[k], slope);
-                        dw[k] = _mm512_fmadd_ps(g, a, dw[k]);
+                        dw[k] = _mm512_fmadd_ps(g, a.value, dw[k]);
                     }
-                    slope = _mm512_mul_ps(slope, gelu_slope(z));
+                    slope = _mm512_mul_ps(slope, a.slope);
                     sum = _mm512_add_ps(sum, slope);
                     with_source = _mm512_fmadd_ps(slope, h, with_source);
                     store<BF16>(op.out + line * line_bytes(op) + at, slope, mask);

@@ -1,4 +1,4 @@
-// Vectors of 16 floats: loaded from and stored in any of the three types; exp and GELU.
+// Vectors of 16 floats: loaded from and stored in any of the three types; exp.
 #pragma once
 #include <immintrin.h>
 
@@ -81,36 +81,4 @@ INLINE __m512 exp16(__m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(EXACT ? 0.5f : 0.50502354f));
     p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, n);
-}
-
-// x Phi(x), Phi - 1/2 an odd polynomial up to where it reaches 1/2, constant beyond. Largest error: in fp32 2e-7 and the
-// rounding of the product, else 3e-4, below what bf16 and 8 bit round away. Fitted by weighted least squares.
-template <bool EXACT>
-INLINE __m512 gelu(__m512 x) {
-    constexpr float END = EXACT ? 5.4f : 3.8f;
-    constexpr float EVEN[] = {0.130928113f,     -0.0653279878f,   0.0484994941f,   -0.0392091748f,   0.032119353f,
-                              -0.0257232656f,   0.0196200641f,    -0.0140590546f,  0.0097510366f,    -0.00652626991f,
-                              0.00346558315f,   -0.00136325677f,  0.00105370524f,  -0.000965469677f, 0.000329722445f};
-    constexpr float SHORT[] = {0.398287944f,    -0.0651953587f,  0.00908187989f, -0.000883397171f,
-                               5.5705403e-05f, -2.01969583e-06f, 3.1649039e-08f};
-    constexpr int DEGREE = EXACT ? 14 : 6;
-    const __m512 within = _mm512_range_ps(x, _mm512_set1_ps(END), 2);  // the smaller magnitude, with the sign of x
-    __m512 t = _mm512_mul_ps(within, within);
-    if (EXACT) t = _mm512_fmsub_ps(t, _mm512_set1_ps(2 / (END * END)), _mm512_set1_ps(1.0f));
-    __m512 p = _mm512_set1_ps(EXACT ? EVEN[DEGREE] : SHORT[DEGREE]);
-#pragma GCC unroll 14
-    for (int d = DEGREE - 1; d >= 0; d--) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(EXACT ? EVEN[d] : SHORT[d]));
-    return _mm512_mul_ps(x, _mm512_fmadd_ps(p, within, _mm512_set1_ps(0.5f)));
-}
-
-// The derivative of GELU, Phi(x) + x phi(x), in the same way. Largest error 3e-4.
-INLINE __m512 gelu_slope(__m512 x) {
-    constexpr float ODD[] = {0.797353507f,    -0.263992439f,   0.057676262f,    -0.00839305178f, 0.00083697188f,
-                             -5.63420584e-05f, 2.43148242e-06f, -6.03691856e-08f, 6.52709663e-10f};
-    const __m512 within = _mm512_range_ps(x, _mm512_set1_ps(4.2f), 2);
-    const __m512 t = _mm512_mul_ps(within, within);
-    __m512 p = _mm512_set1_ps(ODD[8]);
-#pragma GCC unroll 8
-    for (int d = 7; d >= 0; d--) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(ODD[d]));
-    return _mm512_fmadd_ps(p, within, _mm512_set1_ps(0.5f));
 }
