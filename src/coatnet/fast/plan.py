@@ -25,6 +25,7 @@ from coatnet.model.layers import PatchStem, Pool
 from coatnet.model.mbconv import MBConv
 
 OVERREAD = 64  # bytes that a vector may reach beyond the last value
+CACHE_LINE, ALIAS = 64, 4096  # bytes; pixels a multiple of ALIAS apart share one set of the first cache
 
 
 def why_not(config: ModelConfig) -> str | None:
@@ -52,7 +53,7 @@ class Map:
 
     @property
     def pixel_bytes(self) -> int:
-        return self.data.shape[3] * self.data.element_size()
+        return self.data.stride(2) * self.data.element_size()
 
 
 class Plan:
@@ -164,7 +165,8 @@ class Plan:
         range8 = self.packing.range_into(into) if into is not None else None
         border = 1 if isinstance(into, nn.Conv2d) and into.groups == 1 and into.kernel_size[0] == 3 else 0
         num_out = module.weight.shape[0]
-        out = residual or self._map(name, size, num_out, self._type(range8), range8, border)
+        into_product = isinstance(into, nn.Linear)
+        out = residual or self._map(name, size, num_out, self._type(range8), range8, border, spread=into_product)
         flat = stride == 1 and segments == 1 and border == 0
         lines, cells = (1, size[0] * size[1]) if flat else size
         line_bytes, out_line_bytes = (made.data.shape[2] * made.pixel_bytes for made in (source, out))
@@ -287,10 +289,21 @@ class Plan:
         return "UINT8" if range8 is not None else self.packing.type
 
     def _map(
-        self, name: str, size: tuple[int, ...], channels: int, type_: str, range8: Range8 | None = None, border: int = 0
+        self,
+        name: str,
+        size: tuple[int, ...],
+        channels: int,
+        type_: str,
+        range8: Range8 | None = None,
+        border: int = 0,
+        *,
+        spread: bool = False,
     ) -> Map:
-        shape = (self.images, size[0] + 2 * border, size[1] + 2 * border, channels)
-        data = self._buffer(name, shape, TORCH_TYPES[type_])
+        """Return a map, with a border in pixels; `spread` where only products read it, which take any stride."""
+        dtype = TORCH_TYPES[type_]
+        apart = CACHE_LINE // dtype.itemsize if spread and channels * dtype.itemsize % ALIAS == 0 else 0
+        shape = (self.images, size[0] + 2 * border, size[1] + 2 * border, channels + apart)
+        data = self._buffer(name, shape, dtype)[..., :channels]
         if border:
             data.copy_(range8.zero if range8 else torch.zeros(()))
         return Map(data, range8)
