@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coatnet.config import Precision
+from coatnet.config import Precision, Size
 from coatnet.fast.calibration import Range8, Ranges
+from coatnet.model.attention import resize_table
 from coatnet.model.network import CoAtNet
 
 PANEL = 32  # columns of packed weights side by side (native/product.h)
@@ -97,3 +98,9 @@ def pack(rows_KN: Tensor, type_: str) -> Tensor:
     per_step = PER_STEP[type_]
     stepped = panels(rows_KN).unflatten(1, (-1, per_step)).transpose(2, 3)
     return stepped.to(torch.int8 if type_ == "UINT8" else TORCH_TYPES[type_]).contiguous()
+
+
+def bias_by_offset(table: Tensor, grid: Size) -> Tensor:
+    """Return each head's biases for a grid (H, W) by the key's offset from the query: (M, 2H-1, 2W-1)."""
+    size = (2 * grid[0] - 1, 2 * grid[1] - 1)
+    return resize_table(table, size).flip(1, 2).float()

@@ -5,7 +5,7 @@ attention is global and its MBConv blocks are normed by BatchNorm; `why_not` say
 """
 
 # The parts of a module are Tensor | Module to the checker, whatever they are.
-# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOptionalCall=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false, reportOptionalCall=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from coatnet import native
 from coatnet.config import ModelConfig
 from coatnet.fast.calibration import Range8
-from coatnet.fast.packing import PANEL, PER_STEP, TORCH_TYPES, Packed, Packing, padded, panels
+from coatnet.fast.packing import PANEL, PER_STEP, TORCH_TYPES, Packed, Packing, bias_by_offset, padded, panels
 from coatnet.model.attention import Attention, Transformer
 from coatnet.model.layers import PatchStem, Pool
 from coatnet.model.mbconv import MBConv
@@ -255,22 +255,15 @@ class Plan:
         _, lines, cells, channels = queries.data.shape
         range8 = self.packing.range_into(attention.project)
         out = self._map("mixed", (lines, cells), channels // 3, self._type(range8), range8)
-        weigh, tokens = attention.weigh, lines * cells
+        weigh = attention.weigh
         bias: Tensor | int = 0
         if weigh.bias is not None:
-            name = self.packing.names[id(weigh)]
-            bias = self.packing.keep(
-                f"bias {name} {lines}x{cells}",
-                lambda: (
-                    nn.functional.pad(weigh.bias((lines, cells)), (0, -tokens % PANEL))
-                    .to(queries.data.dtype)
-                    .contiguous()
-                ),
-            )
+            name = f"bias {self.packing.names[id(weigh)]} {lines}x{cells}"
+            bias = self.packing.keep(name, lambda: bias_by_offset(weigh.bias.table, (lines, cells)))
         self._add(
             "ATTENTION", queries, out.data, lines=lines, cells=cells, width=channels // 3, heads=attention.num_heads,
             head_dim=channels // 3 // attention.num_heads, relative=native.RELATIVES[weigh.relative.upper()],
-            weight=bias, range8=range8,
+            bias=bias, range8=range8,
         )  # fmt: skip
         return out
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from coatnet import native
 from coatnet.config import Size
-from coatnet.fast.packing import PANEL, pack, panels
+from coatnet.fast.packing import PANEL, bias_by_offset, pack, panels
 from coatnet.model.attention import Attention, FeedForward
 from coatnet.model.mbconv import MBConv
 from coatnet.model.network import CoAtNet
@@ -87,8 +87,8 @@ class _FusedAttention(Attention):
     def forward(self, x_BNC: Tensor, grid: Size) -> Tensor:
         if not _is_wanted(x_BNC):
             return super().forward(x_BNC, grid)
-        bias = None if self.weigh.bias is None else self.weigh.bias(grid)
-        return self.project(_Attended.apply(self.qkv(x_BNC), bias, self.num_heads))
+        bias = None if self.weigh.bias is None else bias_by_offset(self.weigh.bias.table, grid)
+        return self.project(_Attended.apply(self.qkv(x_BNC), bias, self.num_heads, grid))
 
 
 class _Maps:
@@ -310,32 +310,29 @@ class _Attended(torch.autograd.Function):
     """softmax(q k / sqrt(D) + bias) v: queries, keys and values (B, N, 3C) -> (B, N, C) bf16. No weights are kept."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias_MNN: Tensor | None, num_heads: int) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, num_heads: int, grid: Size) -> Tensor:
         B, N, width = qkv.shape
-        qkv = qkv.to(torch.bfloat16).contiguous()
-        padding = -N % PANEL
-        bias = None if bias_MNN is None else F.pad(bias_MNN, (0, padding)).to(torch.bfloat16).contiguous()
-        out = qkv.new_empty(B, N, width // 3)
+        qkv, out = qkv.to(torch.bfloat16).contiguous(), qkv.new_empty(B, N, width // 3, dtype=torch.bfloat16)
         ctx.fields = {
-            "type": native.TYPES["BF16"], "out_type": native.TYPES["BF16"], "images": B, "lines": 1, "cells": N,
-            "width": width // 3, "heads": num_heads, "head_dim": HEAD_DIM,
+            "type": native.TYPES["BF16"], "out_type": native.TYPES["BF16"], "images": B, "lines": grid[0],
+            "cells": grid[1], "width": width // 3, "heads": num_heads, "head_dim": HEAD_DIM,
             "relative": native.RELATIVES["NONE" if bias is None else "PRE"],
         }  # fmt: skip
-        _run("ATTENTION", source=qkv, weight=0 if bias is None else bias, out=out, **ctx.fields)
+        bias = None if bias is None else bias.contiguous()
+        _run("ATTENTION", source=qkv, bias=0 if bias is None else bias, out=out, **ctx.fields)
         ctx.save_for_backward(qkv, bias, out)
-        ctx.padded = N + padding
         return out
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         qkv, bias, out = ctx.saved_tensors
         slope, qkv_slope = slope.to(torch.bfloat16).contiguous(), torch.empty_like(qkv)
-        bias_slope = torch.zeros(ctx.fields["heads"], qkv.shape[1], ctx.padded)
+        bias_slope = None if bias is None else torch.zeros_like(bias)
         _run(
-            "ATTENTION_SLOPE", source=qkv, weight=0 if bias is None else bias, residual=out, gradient=slope,
-            weight_sums=bias_slope, out=qkv_slope, **ctx.fields,
+            "ATTENTION_SLOPE", source=qkv, bias=0 if bias is None else bias, residual=out, gradient=slope,
+            weight_sums=0 if bias_slope is None else bias_slope, out=qkv_slope, **ctx.fields,
         )  # fmt: skip
-        return qkv_slope, None if bias is None else bias_slope[:, :, : qkv.shape[1]], None
+        return qkv_slope, bias_slope, None, None
 
 
 class _Fed(torch.autograd.Function):

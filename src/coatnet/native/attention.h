@@ -1,8 +1,43 @@
-// ATTENTION: softmax(scale q.k + bias) v for each image and head, from one buffer of queries, keys and values.
+// ATTENTION: softmax(scale q.k + bias) v for each image and head, from one buffer of queries, keys and values. Biases
+// are read where they are added, from a head's table of offsets, which stays in the first cache: (2 lines - 1) by
+// (2 cells - 1), such that the offset of the key from the query grows along it.
 #pragma once
 #include <vector>
 
 #include "product.h"
+
+// Keys side by side have biases side by side in the table, as long as they are on one line of the grid.
+struct Run {
+    __mmask16 keys;  // of a vector of 16
+    int64_t at;      // of the first of the 16, from the query's place in the table
+};
+
+struct Biases {
+    int64_t lines, cells, row;
+    std::vector<std::vector<Run>> runs;  // by vector of keys
+
+    Biases(int64_t lines, int64_t cells) : lines(lines), cells(cells), row(2 * cells - 1), runs((lines * cells + 15) / 16) {
+        for (int64_t key = 0, count; key < lines * cells; key += count) {
+            const int64_t in_vector = key % 16;
+            count = std::min(16 - in_vector, cells - key % cells);
+            runs[key / 16].push_back({__mmask16(tail(count) << in_vector), key / cells * row + key % cells - in_vector});
+        }
+    }
+    int64_t size() const { return (2 * lines - 1) * row; }
+    int64_t place(int64_t query) const { return (lines - 1 - query / cells) * row + cells - 1 - query % cells; }
+
+    // The biases of 16 keys; zeros beyond the last.
+    INLINE __m512 of(int64_t key, const float* place) const {
+        __m512 found = _mm512_setzero_ps();
+        for (const Run& run : runs[key / 16]) found = _mm512_mask_loadu_ps(found, run.keys, place + run.at);
+        return found;
+    }
+    INLINE void add(int64_t key, float* place, __m512 values) const {
+        for (const Run& run : runs[key / 16])
+            _mm512_mask_storeu_ps(place + run.at, run.keys,
+                                  _mm512_add_ps(_mm512_maskz_loadu_ps(run.keys, place + run.at), values));
+    }
+};
 
 // Pack the keys of one head as weights: panels of 32 tokens, `words` 32-bit steps each; tokens beyond the last are 0.
 inline void pack_keys(const char* keys, int64_t stride, int64_t tokens, int64_t words, int* out) {
@@ -32,10 +67,13 @@ void pack_values(const char* values, int64_t stride, int64_t tokens, int64_t pad
 }
 
 template <int TYPE, int R>
-void attend(const Op& op, const char* queries, int64_t stride, const char* keys, const char* values, const char* bias,
-            int64_t tokens, int64_t padded, float* logits, char* weights, char* out, int64_t channel) {
+void attend(const Op& op, const char* queries, int64_t stride, const char* keys, const char* values, const Biases& biases,
+            const float* table, int64_t query, float* logits, char* weights, char* out, int64_t channel) {
+    const int64_t tokens = op.lines * op.cells, padded = (tokens + 31) / 32 * 32;
     const float factor = 1.0f / __builtin_sqrtf(float(op.head_dim));
     const int64_t words = op.head_dim * bytes(TYPE) / 4;
+    const float* places[R];
+    for (int r = 0; r < R; r++) places[r] = table + biases.place(query + r);
     __m512 largest[R];
 #pragma GCC unroll 14
     for (int r = 0; r < R; r++) largest[r] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
@@ -50,11 +88,10 @@ void attend(const Op& op, const char* queries, int64_t stride, const char* keys,
             if (!mask) break;
 #pragma GCC unroll 14
             for (int r = 0; r < R; r++) {
-                const int64_t at = r * padded + token;
                 __m512 value = _mm512_mul_ps(sums[r][half], _mm512_set1_ps(factor));
-                if (op.relative == PRE) value = _mm512_add_ps(value, load<TYPE>(bias + at * bytes(TYPE)));
+                if (op.relative == PRE) value = _mm512_add_ps(value, biases.of(token, places[r]));
                 largest[r] = _mm512_mask_max_ps(largest[r], mask, largest[r], value);
-                _mm512_storeu_ps(logits + at, value);
+                _mm512_storeu_ps(logits + r * padded + token, value);
             }
         }
     }
@@ -76,8 +113,7 @@ void attend(const Op& op, const char* queries, int64_t stride, const char* keys,
         if (op.relative != POST) continue;
         for (int64_t t = 0; t < tokens; t += 16) {
             const __m512 e = _mm512_mul_ps(_mm512_loadu_ps(row + t), _mm512_set1_ps(inverse[r]));
-            const int64_t at = (r * padded + t) * bytes(TYPE);
-            store<TYPE>(weights + at, _mm512_add_ps(e, load<TYPE>(bias + at, tail(tokens - t))));
+            store<TYPE>(weights + (r * padded + t) * bytes(TYPE), _mm512_add_ps(e, biases.of(t, places[r])));
         }
         inverse[r] = 1.0f;
     }
@@ -110,8 +146,9 @@ void attention(const Op& op, int64_t thread, int64_t threads) {
     const int64_t panels = (op.head_dim + 31) / 32 * 32;
     std::vector<char> keys(padded * op.head_dim * size), values(padded * panels * size), weights(ROWS * padded * size);
     std::vector<float> logits(ROWS * padded);
+    const Biases biases(op.lines, op.cells);
     const Share share(op.images * op.heads, thread, threads);
-    for (int64_t unit = share.first; unit < share.last; unit++) {  // an image's neighbour uses the same bias
+    for (int64_t unit = share.first; unit < share.last; unit++) {
         const int64_t head = unit / op.images, image = unit % op.images, channel = head * op.head_dim;
         const char* q = op.source + image * tokens * stride + channel * size;
         pack_keys(q + op.width * size, stride, tokens, op.head_dim * size / 4, (int*)keys.data());
@@ -120,9 +157,9 @@ void attention(const Op& op, int64_t thread, int64_t threads) {
                               values.data() + d * padded * size);
         for (int64_t t = 0, rows; t < tokens; t += rows) {
             auto go = [&]<int R>() {
-                attend<TYPE, R>(op, q + t * stride, stride, keys.data(), values.data(),
-                                op.weight + (head * tokens + t) * padded * size, tokens, padded, logits.data(),
-                                weights.data(), op.out + (image * tokens + t) * op.width * bytes(op.out_type), channel);
+                attend<TYPE, R>(op, q + t * stride, stride, keys.data(), values.data(), biases,
+                                op.bias + head * biases.size(), t, logits.data(), weights.data(),
+                                op.out + (image * tokens + t) * op.width * bytes(op.out_type), channel);
                 rows = R;
             };
             if (tokens - t >= 14) go.template operator()<14>();

@@ -12,12 +12,14 @@ struct HeadSlope {
     std::vector<uint32_t> weights_T, logit_slopes_T;                                   // (key, pair of queries) bf16
     std::vector<float> logits, weight_slopes;
     std::vector<char> rows;
+    Biases biases;
 
-    explicit HeadSlope(int64_t tokens)
-        : tokens(tokens), padded((tokens + 31) / 32 * 32), keys(padded * 64), values(padded * 64),
+    HeadSlope(int64_t lines, int64_t cells)
+        : tokens(lines * cells), padded((tokens + 31) / 32 * 32), keys(padded * 64), values(padded * 64),
           keys_by_token(padded * 64), queries_by_token(padded * 64), slopes_by_token(padded * 64),
           weights_T((padded + ROWS) * padded / 2), logit_slopes_T((padded + ROWS) * padded / 2), logits(ROWS * padded),
-          weight_slopes(ROWS * padded), rows(ROWS * padded * 2) {}
+          weight_slopes(ROWS * padded), rows(ROWS * padded * 2),
+          biases(lines, cells) {}
 };
 
 // Multiply 14 rows of queries or slopes with packed keys or values: (14, padded) fp32.
@@ -56,7 +58,7 @@ INLINE void scatter_pairs(uint32_t* at, int64_t words, int64_t token, __m512 eve
     _mm512_i32scatter_epi32(at + token * words, places, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)), 1);
 }
 
-// One head of one image; `bias_slope`, (tokens, padded), is added to.
+// One head of one image; `bias_slope`, laid out as the table of biases, is added to.
 inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head, float* bias_slope) {
     const int64_t N = s.tokens, P = s.padded, stride = 6 * op.width, out_stride = 2 * op.width, words = P / 2;
     const float factor = 1.0f / __builtin_sqrtf(32.0f);
@@ -83,12 +85,12 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head, 
         all_tokens(slope_rows, 64, s.values, P, s.weight_slopes.data());
         for (int64_t r = 0; r < count; r++) {  // logits become weights, weight slopes become logit slopes
             float *row = s.logits.data() + r * P, *row_slope = s.weight_slopes.data() + r * P;
-            const char* bias = op.weight + (head * N + first + r) * P * 2;
-            float* bias_row = bias_slope + (first + r) * P;
+            const int64_t place = s.biases.place(first + r);
+            const float* bias = op.bias + head * s.biases.size() + place;
             __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), total = _mm512_setzero_ps();
             for (int64_t t = 0; t < N; t += 16) {
                 __m512 logit = _mm512_mul_ps(_mm512_loadu_ps(row + t), _mm512_set1_ps(factor));
-                if (op.relative == PRE) logit = _mm512_add_ps(logit, load<BF16>(bias + 2 * t));
+                if (op.relative == PRE) logit = _mm512_add_ps(logit, s.biases.of(t, bias));
                 largest = _mm512_mask_max_ps(largest, tail(N - t), largest, logit);
                 _mm512_storeu_ps(row + t, logit);
             }
@@ -109,7 +111,7 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head, 
                 const __m512 d = _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_loadu_ps(row_slope + t), share));
                 _mm512_storeu_ps(row + t, weight);
                 _mm512_storeu_ps(row_slope + t, d);
-                _mm512_storeu_ps(bias_row + t, _mm512_add_ps(_mm512_loadu_ps(bias_row + t), d));
+                if (op.relative == PRE && t < N) s.biases.add(t, bias_slope + place, d);
                 store<BF16>(s.rows.data() + (r * P + t) * 2, d);
             }
         }
@@ -136,10 +138,9 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head, 
 }
 
 inline void attention_slope(const Op& op, int64_t thread, int64_t threads) {
-    HeadSlope scratch(op.lines * op.cells);
-    const int64_t size = scratch.tokens * scratch.padded;
+    HeadSlope scratch(op.lines, op.cells);
     const Share share(op.heads, thread, threads);
     for (int64_t head = share.first; head < share.last; head++)
         for (int64_t image = 0; image < op.images; image++)
-            head_slope(op, scratch, image, head, op.weight_sums + head * size);
+            head_slope(op, scratch, image, head, op.weight_sums + head * scratch.biases.size());
 }

@@ -23,7 +23,8 @@ struct Op {
     int64_t weight_image;                   // PRODUCT: > 0 where each image has weights, scales and biases of its own
     int64_t heads, head_dim, relative;      // ATTENTION
     const char *source, *weight, *residual; // residual lies as the output does
-    const float *bias, *scale;              // by output channel; scale turns sums of 8-bit products into numbers
+    const float *bias, *scale;              // by output channel; scale turns sums of 8-bit products into numbers;
+                                            // ATTENTION: a table of biases by offset for each head
     const float *out_scale, *out_zero;      // by output channel: 8 bit = number * out_scale + out_zero
     const char *pad;                        // DEPTHWISE: one pixel of zeros, in the source's type
     const float *source_zero;               // by input channel: the 8-bit value that stands for 0
