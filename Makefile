@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell ($(PYTHON) --version; cat pyproject.toml constraints.txt setup.py src/coatnet/native/*.h src/coatnet/native/*.cpp) | cksum | cut -d' ' -f1)
 DEMO := demo
 LETTERS := letters
-LETTERS_RECIPE := --batch-size 128 --flip-rate 0 --stochastic-depth 0 --mixup 0 --cutmix 0 --peak-lr 1e-3 --ema-decay 0
+LETTERS_RECIPE := --recipe tiny_pictures --flip-rate 0 --ema-decay 0 --overwrite
 
 BENCH_READY := $(VENV)/.bench-ready
 
@@ -41,8 +41,9 @@ bench-growth: $(BENCH_READY)  ## the growth plots
 
 bench-int8: $(BENCH_READY)  ## train coatnet_0 on letters of the system's typefaces, then compare int8 with fp32
 	$(BIN)/python tools/draw_letters.py $(LETTERS)/pictures --train 8 --test 10
-	$(BIN)/coatnet train $(LETTERS)/pictures --out $(LETTERS)/run64 --overwrite --model coatnet_0 --image-size 64 --max-time 9m $(LETTERS_RECIPE)
-	$(BIN)/coatnet train $(LETTERS)/pictures --out $(LETTERS)/run224 --overwrite --init $(LETTERS)/run64 --image-size 224 --max-time 5m --flip-rate 0
+	$(BIN)/coatnet train $(LETTERS)/pictures --out $(LETTERS)/run64 --model coatnet_0 --image-size 64 --batch-size 96 --max-time 20m $(LETTERS_RECIPE)
+	$(BIN)/coatnet train $(LETTERS)/pictures --out $(LETTERS)/run112 --init $(LETTERS)/run64 --image-size 112 --batch-size 96 --max-time 16m $(LETTERS_RECIPE)
+	$(BIN)/coatnet train $(LETTERS)/pictures --out $(LETTERS)/run224 --init $(LETTERS)/run112 --image-size 224 --batch-size 64 --max-time 9m $(LETTERS_RECIPE)
 	$(BIN)/coatnet bench agreement $(LETTERS)/run224 $(LETTERS)/pictures --out results/bench_agreement.json
 	$(BIN)/python tools/write_results.py
 

@@ -127,7 +127,12 @@ def _product(x: Tensor, weight_KN: Tensor, bias_N: Tensor | None = None) -> Tens
 
 def _weight_slope(slope: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of a product's weight: (..., N)^T @ (..., K) -> (N, K) float32."""
-    return (slope.flatten(0, -2).T @ x.flatten(0, -2)).float()
+    N, K = slope.shape[-1], x.shape[-1]
+    if N > K:  # the narrower is packed by every thread
+        return _weight_slope(x, slope).T
+    out = torch.empty(N, K)
+    _run("WEIGHT_SLOPE", cells=x.numel() // K, depth=K, width=N, gradient=slope, source=x, out=out)
+    return out
 
 
 class _Moments:

@@ -23,6 +23,7 @@ extern "C" int coatnet_supports(void) {  // before the pragma: this must run on 
 #include "gate.h"
 #include "maps.h"
 #include "training.h"
+#include "weight_slope.h"
 
 namespace {
 
@@ -73,6 +74,8 @@ void carry_out(const Op& op, int64_t thread, int64_t threads) {
             return mixed(op, thread, threads);
         case ATTENTION_SLOPE:
             return attention_slope(op, thread, threads);
+        case WEIGHT_SLOPE:
+            return weight_slope(op, thread, threads);
     }
 }
 

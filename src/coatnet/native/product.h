@@ -50,14 +50,15 @@ struct Ahead {
     }
 };
 
-// Add to the sums `segments` runs of `steps` 32-bit steps, each run `segment_stride` bytes after the one before.
-template <int TYPE, int R, bool FETCH = false>
+// Add to the sums `segments` runs of `steps` 32-bit steps, each run `segment_stride` bytes after the one before; within
+// a run, steps of A are STEP bytes apart.
+template <int TYPE, int R, bool FETCH = false, int STEP = 4>
 INLINE void multiply(const char* a, int64_t row_stride, const char* w, int64_t segments, int64_t segment_stride,
                      int64_t steps, typename Dot<TYPE>::Sum (&sums)[R][2], Ahead* ahead = nullptr) {
     using D = Dot<TYPE>;
     for (int64_t s = 0; s < segments; s++, a += segment_stride) {
         const char* at = a;
-        for (int64_t k = 0; k < steps; k++, w += 128, at += 4) {
+        for (int64_t k = 0; k < steps; k++, w += 128, at += STEP) {
             if (FETCH) ahead->step();
             const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
 #pragma GCC unroll 14

@@ -1,0 +1,60 @@
+// WEIGHT_SLOPE: the gradient of a product's weights, out (width, depth) fp32 = the sum over all pixels (cells) of
+// gradient (cells, width) times source (cells, depth), bf16. Two pixels are put side by side in 32 bits, as bf16
+// products want them, for both factors; tiles of `out` are shared among threads, so that sums do not depend on them.
+#pragma once
+#include <vector>
+
+#include "product.h"
+
+constexpr int SLOPE_ROWS = 12;       // of `out` at once: the family's widths are multiples
+constexpr int64_t AT_ONCE = 1024;    // pixels: sums are kept in registers while so many pass
+
+// Put pairs of pixels side by side: 16 channels at most, (pixels / 2) steps of `step` bytes.
+INLINE void zip(const char* map, int64_t stride, int64_t pixels, __mmask16 channels, char* out, int64_t step, __mmask16 stored) {
+    for (int64_t p = 0; p < pixels; p += 2, map += 2 * stride, out += step) {
+        const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(channels, map));
+        const __m512 odd = load<BF16>(map + stride, p + 1 < pixels ? channels : 0);
+        _mm512_mask_storeu_epi32(out, stored, _mm512_or_si512(even, _mm512_castps_si512(odd)));
+    }
+}
+
+inline void slope_tile(const char* rows, const char* columns, int64_t steps, bool first, float* out, int64_t stride,
+                       int64_t num_rows, int64_t num_columns) {
+    __m512 sums[SLOPE_ROWS][2];
+    const __mmask16 masks[2] = {tail(num_columns), tail(num_columns - 16)};
+#pragma GCC unroll 12
+    for (int r = 0; r < SLOPE_ROWS; r++)
+        for (int half = 0; half < 2; half++)
+            sums[r][half] = _mm512_maskz_loadu_ps(first || r >= num_rows ? 0 : masks[half], out + r * stride + 16 * half);
+    multiply<BF16, SLOPE_ROWS, false, 4 * SLOPE_ROWS>(rows, 4, columns, 1, 0, steps, sums);
+#pragma GCC unroll 12
+    for (int r = 0; r < SLOPE_ROWS; r++)
+        for (int half = 0; half < 2; half++)
+            _mm512_mask_storeu_ps(out + r * stride + 16 * half, r >= num_rows ? 0 : masks[half], sums[r][half]);
+}
+
+inline void weight_slope(const Op& op, int64_t thread, int64_t threads) {
+    const int64_t tiles = (op.width + SLOPE_ROWS - 1) / SLOPE_ROWS, panels = (op.depth + PANEL - 1) / PANEL;
+    const Share share(tiles * panels, thread, threads);
+    const int64_t tile_bytes = AT_ONCE / 2 * 4 * SLOPE_ROWS;
+    std::vector<char> rows(tiles * tile_bytes), columns(AT_ONCE / 2 * 128);
+    for (int64_t start = 0; start < op.cells; start += AT_ONCE) {
+        const int64_t pixels = std::min(AT_ONCE, op.cells - start), steps = (pixels + 1) / 2;
+        const char* gradient = op.gradient + 2 * start * op.width;
+        const char* source = op.source + 2 * start * op.depth;
+        for (int64_t t = 0; t < tiles; t++)
+            zip(gradient + 2 * t * SLOPE_ROWS, 2 * op.width, pixels, tail(std::min<int64_t>(SLOPE_ROWS, op.width - t * SLOPE_ROWS)),
+                rows.data() + t * tile_bytes, 4 * SLOPE_ROWS, (1 << SLOPE_ROWS) - 1);
+        for (int64_t unit = share.first, next; unit < share.last; unit = next) {
+            const int64_t panel = unit / tiles, column = panel * PANEL;
+            next = std::min(share.last, (panel + 1) * tiles);
+            for (int64_t half = 0; half < PANEL; half += 16)
+                zip(source + 2 * (column + half), 2 * op.depth, pixels, tail(op.depth - column - half),
+                    columns.data() + 4 * half, 128, 0xffff);
+            for (int64_t t = unit % tiles; t < unit % tiles + next - unit; t++)
+                slope_tile(rows.data() + t * tile_bytes, columns.data(), steps, start == 0,
+                           (float*)op.out + t * SLOPE_ROWS * op.depth + column, op.depth, op.width - t * SLOPE_ROWS,
+                           op.depth - column);
+        }
+    }
+}
