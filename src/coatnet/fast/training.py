@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 from coatnet import native
 from coatnet.config import Size
-from coatnet.fast.packing import PANEL, bias_by_offset, pack, panels
+from coatnet.fast.kernels import GatedWeight, Weight, WeightSlope, bf16_rows, groups, run, run_map, scratch, sum_of_rows
+from coatnet.fast.packing import bias_by_offset
 from coatnet.model.attention import Attention, FeedForward
 from coatnet.model.mbconv import MBConv
 from coatnet.model.network import CoAtNet
 
 STRIP = 14  # lines (native/training.h)
 HEAD_DIM = 32  # of the heads that the kernels know the way back through (native/attention_slope.h)
-Fields = Tensor | int
 
 
 def for_training(network: CoAtNet) -> CoAtNet:
@@ -35,15 +35,20 @@ def for_training(network: CoAtNet) -> CoAtNet:
         for module in network.modules():
             if type(module) is MBConv and _fits(module):
                 module.__class__ = _FusedMBConv  # what a copy or a checkpoint sees is the same module
-            elif type(module) is Attention and module.weigh.relative != "post" and _head_dim(module) == HEAD_DIM:
+            elif type(module) is Attention and _fits_attention(module):
                 module.__class__ = _FusedAttention
             elif type(module) is FeedForward and module[0].weight.shape[1] % 4 == 0:  # pyright: ignore
                 module.__class__ = _FusedFeedForward
     return network
 
 
-def _head_dim(attention: Attention) -> int:
-    return attention.project.in_features // attention.num_heads
+def _fits_attention(attention: Attention) -> bool:
+    width = attention.project.in_features
+    return (
+        attention.weigh.relative != "post"
+        and width // attention.num_heads == HEAD_DIM
+        and attention.qkv.in_features % 4 == 0
+    )
 
 
 def _fits(block: MBConv) -> bool:
@@ -88,51 +93,9 @@ class _FusedAttention(Attention):
         if not _is_wanted(x_BNC):
             return super().forward(x_BNC, grid)
         bias = None if self.weigh.bias is None else bias_by_offset(self.weigh.bias.table, grid)
-        return self.project(_Attended.apply(self.qkv(x_BNC), bias, self.num_heads, grid))
-
-
-class _Maps:
-    """The kernels on bf16 maps (images, lines, cells, channels)."""
-
-    def __init__(self, shape: torch.Size | tuple[int, ...]) -> None:
-        self.images, self.lines, self.cells, self.width = shape
-        self.pixels = self.images * self.lines * self.cells
-
-    def run(self, kind: str, out: Tensor | None = None, **fields: Fields) -> Tensor:
-        """Run one kernel; return its sums, (2, images, width) float32."""
-        sums = torch.empty(self.images, self.lines, 2, self.width)
-        _run(
-            kind, images=self.images, lines=self.lines, cells=self.cells, width=self.width, sums=sums,
-            **({} if out is None else {"out": out}), **fields,
-        )  # fmt: skip
-        return sums.sum(dim=1).transpose(0, 1)
-
-
-def _run(kind: str, **fields: Fields) -> None:
-    values = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in fields.items()}
-    native.run((native.Op * 1)(native.Op(kind=native.KINDS[kind], **values)), torch.get_num_threads())
-
-
-def _product(x: Tensor, weight_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """Multiply the last dimension: (..., K) bf16 @ (K, N) -> (..., N) bf16."""
-    K, N = weight_KN.shape
-    out, packed = x.new_empty(*x.shape[:-1], N), pack(weight_KN, "BF16")
-    bias = F.pad(torch.zeros(N) if bias_N is None else bias_N.detach().float(), (0, -N % PANEL))
-    _run(
-        "PRODUCT", type=native.TYPES["BF16"], out_type=native.TYPES["BF16"], images=1, lines=1, cells=x.numel() // K,
-        depth=K, width=N, segments=1, source_cell=2 * K, out_cell=2 * N, source=x, weight=packed, bias=bias, out=out,
-    )  # fmt: skip
-    return out
-
-
-def _weight_slope(slope: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of a product's weight: (..., N)^T @ (..., K) -> (N, K) float32."""
-    N, K = slope.shape[-1], x.shape[-1]
-    if N > K:  # the narrower is packed by every thread
-        return _weight_slope(x, slope).T
-    out = torch.empty(N, K)
-    _run("WEIGHT_SLOPE", cells=x.numel() // K, depth=K, width=N, gradient=slope, source=x, out=out)
-    return out
+        qkv = _Linear.apply(x_BNC, self.qkv.weight, self.qkv.bias)
+        mixed = _Attended.apply(qkv, bias, self.num_heads, grid)
+        return _Linear.apply(mixed, self.project.weight, self.project.bias)
 
 
 class _Moments:
@@ -148,7 +111,7 @@ class _Moments:
         _follow(norm, self.mean, variance.float() * (count / max(1, count - 1)))
 
     @property
-    def fields(self) -> dict[str, Fields]:
+    def fields(self) -> dict[str, Tensor]:
         return {"factor": self.factor, "shift": self.shift}
 
     def backward(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,23 +181,33 @@ class _Weights(NamedTuple):
 
 
 class _Inverted(torch.autograd.Function):
-    """MBConv's branch after its first norm: (B, C, H, W) -> (B, D, h, w) bf16."""
+    """MBConv's branch after its first norm: (B, C, H, W) -> (B, D, h, w) bf16.
+
+    Wide maps that only go from one kernel to the next exist for a group of images at a time.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: MBConv, *weights: Tensor) -> Tensor:
         w, stride = _Weights(*weights), block.expand.stride[0]
         with torch.autocast("cpu", enabled=False):
-            source = x.permute(0, 2, 3, 1)[:, ::stride, ::stride].to(torch.bfloat16).contiguous()
-            expanded = _product(source, w.expand.flatten(1).T)
-            maps = _Maps(expanded.shape)
-            first = _Moments(maps.run("MOMENTS", source=expanded), maps.pixels, _batch_norm(block.expand_norm))
+            source = bf16_rows(x.permute(0, 2, 3, 1)[:, ::stride, ::stride])
+            B, H, W, _ = source.shape
+            expand, hidden = Weight(w.expand.flatten(1).T), w.expand.shape[0]
+            expanded, sums = source.new_empty(B, H, W, hidden), torch.empty(2, B, hidden)
+            for group in groups(expanded):
+                expand.product(source[group], out=expanded[group])
+                sums[:, group] = run_map("MOMENTS", expanded[group])
+            first = _Moments(sums, B * H * W, _batch_norm(block.expand_norm))
             filtered = torch.empty_like(expanded)
-            sums = maps.run("ACTED_DEPTHWISE", filtered, source=expanded, weight=w.taps, **first.fields)
-            second = _Moments(sums, maps.pixels, _batch_norm(block.depthwise_norm))
-            acted = torch.empty_like(filtered)
-            mean = maps.run("ACTED", acted, source=filtered, **second.fields)[0] / (maps.lines * maps.cells)
-            gates = _gates(mean, *w.gate)
-            out = _gated_product(acted, gates, w.shrink.flatten(1), w.shrink_bias)
+            sums = run_map("ACTED_DEPTHWISE", expanded, weight=w.taps, out=filtered, **first.fields)
+            second = _Moments(sums, B * H * W, _batch_norm(block.depthwise_norm))
+            shrink = GatedWeight(w.shrink.flatten(1), w.shrink_bias)
+            out, mean, gates = source.new_empty(B, H, W, shrink.width), torch.empty(B, hidden), torch.empty(B, hidden)
+            for group in groups(expanded):
+                acted = scratch("group", filtered[group])
+                mean[group] = run_map("ACTED", filtered[group], out=acted, **second.fields)[0] / (H * W)
+                gates[group] = _gates(mean[group], *w.gate)
+                shrink.product(acted, gates[group], out[group])
         ctx.save_for_backward(source, expanded, filtered, mean, gates, *weights)
         ctx.first, ctx.second, ctx.stride, ctx.in_shape, ctx.in_dtype = first, second, stride, x.shape, x.dtype
         return out.permute(0, 3, 1, 2)
@@ -242,37 +215,45 @@ class _Inverted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         source, expanded, filtered, mean, gates, *weights = ctx.saved_tensors
-        w, maps, first, second = _Weights(*weights), _Maps(expanded.shape), ctx.first, ctx.second
+        w, first, second = _Weights(*weights), ctx.first, ctx.second
+        B, H, W, hidden = expanded.shape
         with torch.autocast("cpu", enabled=False):
-            slope = slope.permute(0, 2, 3, 1).to(torch.bfloat16).contiguous()
-            acted_slope = _product(slope, w.shrink.flatten(1))
-            sums = maps.run("GATE_SLOPE", gradient=acted_slope, source=filtered, **second.fields)
-            mean_slope, *gate_slopes = _gate_slopes(mean, w, sums[0])
-            gated = torch.empty_like(filtered)
-            sums = maps.run(
-                "ACTED_SLOPE", gated, gradient=acted_slope, source=filtered, gates=gates,
-                mean_slopes=(mean_slope / (maps.lines * maps.cells)).contiguous(), **second.fields,
-            )  # fmt: skip
-            shrink_slope = _weight_slope(slope, gated)
+            slope = bf16_rows(slope.permute(0, 2, 3, 1))
+            shrink, shrink_slope = Weight(w.shrink.flatten(1)), WeightSlope(w.shrink.shape[0], hidden)
+            acted_slope, sums, gate_slopes = scratch("slope", filtered), torch.empty(2, B, hidden), []
+            for group in groups(expanded):
+                here = {"source": filtered[group], "gradient": shrink.product(slope[group], out=acted_slope[group])}
+                by_gates = run_map("GATE_SLOPE", **here, **second.fields)[0]
+                mean_slope, *found = _gate_slopes(mean[group], w, by_gates)
+                gate_slopes.append(found)
+                gated = scratch("group", filtered[group])
+                sums[:, group] = run_map(
+                    "ACTED_SLOPE", **here, gates=gates[group], mean_slopes=(mean_slope / (H * W)).contiguous(),
+                    out=gated, **second.fields,
+                )  # fmt: skip
+                shrink_slope.add(slope[group], gated)
             norm2_slope, norm2_bias_slope, mix = second.backward(sums)
-            tap_sums = torch.empty(maps.images * -(-maps.lines // STRIP), 9, maps.width)
-            expanded_slope = gated  # its memory, which is free again
-            sums = maps.run(
-                "DEPTHWISE_SLOPE", expanded_slope, gradient=acted_slope, residual=filtered, source=expanded,
-                weight=w.taps, mix=mix, weight_sums=tap_sums, **first.fields,
+            tap_sums, expanded_slope = torch.empty(B * -(-H // STRIP), 9, hidden), scratch("expanded slope", expanded)
+            sums = run_map(
+                "DEPTHWISE_SLOPE", expanded, gradient=acted_slope, residual=filtered, weight=w.taps, mix=mix,
+                weight_sums=tap_sums, out=expanded_slope, **first.fields,
             )  # fmt: skip
             norm1_slope, norm1_bias_slope, mix = first.backward(sums)
-            _run(
-                "MIXED", images=maps.images, lines=maps.lines, cells=maps.cells, width=maps.width, source=expanded,
-                gradient=expanded_slope, mix=mix, out=expanded_slope,
-            )  # fmt: skip
-            x_slope = _spread(_product(expanded_slope, w.expand.flatten(1)), ctx.stride, ctx.in_shape)
+            expand, expand_slope = Weight(w.expand.flatten(1)), WeightSlope(hidden, source.shape[3])
+            source_slope = torch.empty_like(source)
+            for group in groups(expanded):
+                mixed = scratch("group", expanded[group])
+                run_map("MIXED", expanded[group], gradient=expanded_slope[group], mix=mix, out=mixed)
+                expand_slope.add(mixed, source[group])
+                expand.product(mixed, out=source_slope[group])
             slopes = (
-                _weight_slope(expanded_slope, source).view_as(w.expand), norm1_slope, norm1_bias_slope,
-                tap_sums.sum(dim=0).T.reshape(w.depthwise.shape), norm2_slope, norm2_bias_slope, *gate_slopes,
-                shrink_slope.view_as(w.shrink), slope.flatten(0, 2).sum(dim=0, dtype=torch.float32),
+                expand_slope.total.reshape(w.expand.shape), norm1_slope, norm1_bias_slope,
+                tap_sums.sum(dim=0).T.reshape(w.depthwise.shape), norm2_slope, norm2_bias_slope,
+                *(torch.stack(parts).sum(dim=0) for parts in zip(*gate_slopes, strict=True)),
+                shrink_slope.total.reshape(w.shrink.shape), sum_of_rows(slope),
             )  # fmt: skip
-        return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, *slopes  # in the order of _Weights
+            x_slope = _spread(source_slope, ctx.stride, ctx.in_shape).permute(0, 3, 1, 2).to(ctx.in_dtype)
+        return x_slope, None, *slopes  # in the order of _Weights
 
 
 def _gate_slopes(mean: Tensor, w: _Weights, slope: Tensor) -> tuple[Tensor, ...]:
@@ -292,48 +273,29 @@ def _spread(slope: Tensor, stride: int, shape: torch.Size) -> Tensor:
     return out
 
 
-def _gated_product(x: Tensor, gates: Tensor, weight_NK: Tensor, bias: Tensor) -> Tensor:
-    """Multiply x (B, H, W, K) bf16, gated by image and channel, by the weight -> (B, H, W, N) bf16."""
-    B, H, W, K = x.shape
-    N = weight_NK.shape[0]
-    raw = panels(weight_NK.detach().T.float())
-    packed, out = x.new_empty(B, *raw.shape), x.new_empty(B, H, W, N)
-    biases = F.pad(bias.detach().float(), (0, -N % PANEL)).repeat(B, 1)
-    _run(
-        "SCALE", out_type=native.TYPES["BF16"], images=B, depth=K, width=N, source=gates, weight=raw,
-        weight_image=packed[0].nbytes, out=packed,
-    )  # fmt: skip
-    _run(
-        "PRODUCT", type=native.TYPES["BF16"], out_type=native.TYPES["BF16"], images=B, lines=1, cells=H * W, depth=K,
-        width=N, segments=1, source_image=2 * K * H * W, source_cell=2 * K, out_image=2 * N * H * W, out_cell=2 * N,
-        source=x, weight=packed, weight_image=packed[0].nbytes, bias=biases, out=out,
-    )  # fmt: skip
-    return out
-
-
 class _Attended(torch.autograd.Function):
     """softmax(q k / sqrt(D) + bias) v: queries, keys and values (B, N, 3C) -> (B, N, C) bf16. No weights are kept."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, num_heads: int, grid: Size) -> Tensor:
         B, N, width = qkv.shape
-        qkv, out = qkv.to(torch.bfloat16).contiguous(), qkv.new_empty(B, N, width // 3, dtype=torch.bfloat16)
+        qkv, out = bf16_rows(qkv), qkv.new_empty(B, N, width // 3, dtype=torch.bfloat16)
         ctx.fields = {
             "type": native.TYPES["BF16"], "out_type": native.TYPES["BF16"], "images": B, "lines": grid[0],
             "cells": grid[1], "width": width // 3, "heads": num_heads, "head_dim": HEAD_DIM,
             "relative": native.RELATIVES["NONE" if bias is None else "PRE"],
         }  # fmt: skip
         bias = None if bias is None else bias.contiguous()
-        _run("ATTENTION", source=qkv, bias=0 if bias is None else bias, out=out, **ctx.fields)
+        run("ATTENTION", source=qkv, bias=0 if bias is None else bias, out=out, **ctx.fields)
         ctx.save_for_backward(qkv, bias, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         qkv, bias, out = ctx.saved_tensors
-        slope, qkv_slope = slope.to(torch.bfloat16).contiguous(), torch.empty_like(qkv)
+        slope, qkv_slope = bf16_rows(slope), torch.empty_like(qkv)
         bias_slope = None if bias is None else torch.zeros_like(bias)
-        _run(
+        run(
             "ATTENTION_SLOPE", source=qkv, bias=0 if bias is None else bias, residual=out, gradient=slope,
             weight_sums=0 if bias_slope is None else bias_slope, out=qkv_slope, **ctx.fields,
         )  # fmt: skip
@@ -346,12 +308,11 @@ class _Fed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            source = x.to(torch.bfloat16).contiguous()
-            hidden = _product(source, weight1.T)
-            maps = _Maps((hidden.shape[0], 1, *hidden.shape[1:]))
-            acted, ones = torch.empty_like(hidden), torch.ones(maps.width)
-            maps.run("ACTED", acted, source=hidden, factor=ones, shift=bias1.detach())
-            out = _product(acted, weight2.T, bias2)
+            source = bf16_rows(x)
+            hidden = Weight(weight1.T).product(source)
+            acted, ones = scratch("group", hidden), torch.ones(hidden.shape[-1])
+            run_map("ACTED", hidden[:, None], factor=ones, shift=bias1.detach(), out=acted)
+            out = Weight(weight2.T, bias2).product(acted)
         ctx.save_for_backward(source, hidden, weight1, bias1, weight2)
         ctx.in_dtype = x.dtype
         return out
@@ -359,16 +320,35 @@ class _Fed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         source, hidden, weight1, bias1, weight2 = ctx.saved_tensors
-        maps = _Maps((hidden.shape[0], 1, *hidden.shape[1:]))
         with torch.autocast("cpu", enabled=False):
-            slope = slope.to(torch.bfloat16).contiguous()
-            hidden_slope, acted = _product(slope, weight2), torch.empty_like(hidden)
-            ones = torch.ones(maps.images, maps.width)
-            sums = maps.run(
-                "ACTED_SLOPE", acted, gradient=hidden_slope, source=hidden, factor=ones, shift=bias1, gates=ones,
-                mean_slopes=torch.zeros_like(ones),
+            slope = bf16_rows(slope)
+            hidden_slope = Weight(weight2).product(slope, out=scratch("slope", hidden))
+            acted = scratch("group", hidden)
+            ones = torch.ones(len(hidden), hidden.shape[-1])
+            sums = run_map(
+                "ACTED_SLOPE", hidden[:, None], gradient=hidden_slope, factor=ones, shift=bias1, gates=ones,
+                mean_slopes=torch.zeros_like(ones), out=acted,
             )  # fmt: skip
             return (
-                _product(hidden_slope, weight1).to(ctx.in_dtype), _weight_slope(hidden_slope, source),
-                sums[0].sum(dim=0), _weight_slope(slope, acted), slope.flatten(0, 1).sum(dim=0, dtype=torch.float32),
+                Weight(weight1).product(hidden_slope).to(ctx.in_dtype),
+                WeightSlope(*weight1.shape).add(hidden_slope, source).total, sums[0].sum(dim=0),
+                WeightSlope(*weight2.shape).add(slope, acted).total, sum_of_rows(slope),
             )  # fmt: skip
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer on tokens: (B, N, C) -> (B, N, D) bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        source = bf16_rows(x)
+        ctx.save_for_backward(source, weight)
+        ctx.in_dtype = x.dtype
+        return Weight(weight.T, bias).product(source)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        source, weight = ctx.saved_tensors
+        slope = bf16_rows(slope)
+        weight_slope = WeightSlope(*weight.shape).add(slope, source).total
+        return Weight(weight).product(slope).to(ctx.in_dtype), weight_slope, sum_of_rows(slope)

@@ -76,6 +76,8 @@ void carry_out(const Op& op, int64_t thread, int64_t threads) {
             return attention_slope(op, thread, threads);
         case WEIGHT_SLOPE:
             return weight_slope(op, thread, threads);
+        case PACK:
+            return pack_weights(op, thread, threads);
     }
 }
 

@@ -6,7 +6,7 @@
 enum Kind : int64_t {
     UNFOLD, PRODUCT, DEPTHWISE, GATE, SCALE, POOL, NORM, ATTENTION, CONVERT, MEAN,
     MOMENTS, ACTED_DEPTHWISE, ACTED, GATE_SLOPE, ACTED_SLOPE, DEPTHWISE_SLOPE, MIXED, ATTENTION_SLOPE,
-    WEIGHT_SLOPE
+    WEIGHT_SLOPE, PACK
 };
 enum Type : int64_t { FP32, BF16, UINT8 };
 enum Act : int64_t { LINEAR, GELU };
@@ -36,5 +36,6 @@ struct Op {
     char *gradient;
     const float *factor, *shift, *gates, *mean_slopes, *mix;
     float *weight_sums;
+    int64_t adds;                           // WEIGHT_SLOPE: 1 where it adds to what `out` holds
     char *out;
 };

@@ -220,14 +220,9 @@ inline void depthwise_slope(const Op& op, int64_t thread, int64_t threads) {
     }
 }
 
-// MIXED: out = mix0 * gradient + mix1 * source + mix2, which may lie over the gradient.
+// MIXED: out = mix0 * gradient + mix1 * source + mix2.
 inline void mixed(const Op& op, int64_t thread, int64_t threads) {
-    const Share share(op.images * op.lines * op.cells, thread, threads);
-    for (int64_t pixel = share.first; pixel < share.last; pixel++)
-        for (int64_t c = 0; c < op.width; c += 16) {
-            const __mmask16 mask = tail(op.width - c);
-            const int64_t at = 2 * (pixel * op.width + c);
-            const __m512 g = mixture(op, load<BF16>(op.gradient + at, mask), load<BF16>(op.source + at, mask), c, mask);
-            store<BF16>(op.out + at, g, mask);
-        }
+    each_pixel(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
+        store<BF16>(op.out + at, mixture(op, s.read(op.gradient, at), s.read(op.source, at), s.first, s.mask), s.mask);
+    });
 }

@@ -1,6 +1,7 @@
 // WEIGHT_SLOPE: the gradient of a product's weights, out (width, depth) fp32 = the sum over all pixels (cells) of
 // gradient (cells, width) times source (cells, depth), bf16. Two pixels are put side by side in 32 bits, as bf16
 // products want them, for both factors; tiles of `out` are shared among threads, so that sums do not depend on them.
+// PACK: weights as products want them.
 #pragma once
 #include <vector>
 
@@ -52,9 +53,35 @@ inline void weight_slope(const Op& op, int64_t thread, int64_t threads) {
                 zip(source + 2 * (column + half), 2 * op.depth, pixels, tail(op.depth - column - half),
                     columns.data() + 4 * half, 128, 0xffff);
             for (int64_t t = unit % tiles; t < unit % tiles + next - unit; t++)
-                slope_tile(rows.data() + t * tile_bytes, columns.data(), steps, start == 0,
+                slope_tile(rows.data() + t * tile_bytes, columns.data(), steps, start == 0 && !op.adds,
                            (float*)op.out + t * SLOPE_ROWS * op.depth + column, op.depth, op.width - t * SLOPE_ROWS,
                            op.depth - column);
+        }
+    }
+}
+
+// PACK: weights (depth, width) fp32, `source_line` bytes from step to step of K and `source_cell` from column to column,
+// one of which is 4 -> bf16 panels, (panels, depth / 2, 32, 2); zeros beyond the last.
+inline void pack_weights(const Op& op, int64_t thread, int64_t threads) {
+    const int64_t steps = (op.depth + 1) / 2, panels = (op.width + PANEL - 1) / PANEL;
+    const __m512i places = _mm512_mullo_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(int(op.source_cell)));
+    const Share share(panels * 2, thread, threads);
+    for (int64_t unit = share.first; unit < share.last; unit++) {
+        const int64_t column = unit * 16;
+        const __mmask16 mask = tail(op.width - column);
+        const char* from = op.source + column * op.source_cell;
+        char* to = op.out + unit / 2 * steps * 128 + unit % 2 * 64;
+        auto row = [&](int64_t k) INLINE_LAMBDA {
+            const __mmask16 here = k < op.depth ? mask : 0;
+            const char* at = from + k * op.source_line;
+            return op.source_cell == 4 ? _mm512_maskz_loadu_ps(here, at)
+                                       : _mm512_mask_i32gather_ps(_mm512_setzero_ps(), here, places, at, 1);
+        };
+        for (int64_t k = 0; k < steps; k++, to += 128) {
+            const __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(row(2 * k)));
+            const __m512i odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(row(2 * k + 1)));
+            _mm512_storeu_si512(to, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
         }
     }
 }

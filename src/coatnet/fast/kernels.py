@@ -1,0 +1,136 @@
+"""The kernels of training as functions of tensors: bf16 maps (images, lines, cells, channels) and products of rows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coatnet import native
+from coatnet.fast.packing import PANEL, panels
+
+BF16 = native.TYPES["BF16"]
+GROUP_BYTES = 4 << 20  # of a wide map that goes through several kernels at once, to be found in the caches
+Fields = Tensor | int
+
+
+def run(kind: str, **fields: Fields) -> None:
+    """Carry out one operation; tensors stand for their addresses."""
+    values = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in fields.items()}
+    native.run((native.Op * 1)(native.Op(kind=native.KINDS[kind], **values)), torch.get_num_threads())
+
+
+def run_map(kind: str, source: Tensor, **fields: Fields) -> Tensor:
+    """Run a kernel over a map (images, lines, cells, channels); return its sums, (2, images, channels) float32."""
+    images, lines, cells, width = source.shape
+    sums = torch.empty(images, lines, 2, width)
+    run(kind, images=images, lines=lines, cells=cells, width=width, source=source, sums=sums, **fields)
+    return sums.sum(dim=1).transpose(0, 1)
+
+
+def scratch(name: str, like: Tensor) -> Tensor:
+    """Return memory for a bf16 map, which the next request by the same name in this thread overwrites.
+
+    New memory costs more than what is written to it: the system clears it page by page.
+    """
+    kept: dict[str, Tensor] = _KEPT.__dict__
+    if name not in kept or kept[name].numel() < like.numel():
+        kept[name] = torch.empty(like.numel(), dtype=torch.bfloat16)
+    return kept[name][: like.numel()].view(like.shape)
+
+
+_KEPT = threading.local()
+
+
+def groups(wide: Tensor) -> Iterator[slice]:
+    """Cut a map's images into groups that the caches hold."""
+    size = max(1, GROUP_BYTES // max(1, wide[0].nbytes))
+    return (slice(start, start + size) for start in range(0, len(wide), size))
+
+
+class Weight:
+    """A product's weight (K, N), packed in bf16, and its bias."""
+
+    def __init__(self, weight_KN: Tensor, bias_N: Tensor | None = None) -> None:
+        self.depth, self.width = weight_KN.shape
+        source = weight_KN.detach().float()
+        if 1 not in source.stride():
+            source = source.contiguous()
+        self.packed = source.new_empty(-(-self.width // PANEL), -(-self.depth // 2), PANEL, 2, dtype=torch.bfloat16)
+        line, cell = (4 * step for step in source.stride())
+        run(
+            "PACK", depth=self.depth, width=self.width, source=source, source_line=line, source_cell=cell,
+            out=self.packed,
+        )  # fmt: skip
+        bias_N = torch.zeros(self.width) if bias_N is None else bias_N.detach().float()
+        self.bias = F.pad(bias_N, (0, -self.width % PANEL))
+
+    def product(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Multiply the last dimension: (..., K) bf16 -> (..., N) bf16."""
+        K, N = self.depth, self.width
+        out = x.new_empty(*x.shape[:-1], N) if out is None else out
+        run(
+            "PRODUCT", type=BF16, out_type=BF16, images=1, lines=1, cells=x.numel() // K, depth=K, width=N, segments=1,
+            source_cell=2 * K, out_cell=2 * N, source=x, weight=self.packed, bias=self.bias, out=out,
+        )  # fmt: skip
+        return out
+
+
+class GatedWeight:
+    """A product's weight (N, K) and bias, of which each image has its own, gated by its channels in."""
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor) -> None:
+        self.width = weight_NK.shape[0]
+        self.raw = panels(weight_NK.detach().T.float())
+        self.bias = F.pad(bias_N.detach().float(), (0, -self.width % PANEL))
+
+    def product(self, x: Tensor, gates: Tensor, out: Tensor) -> None:
+        """Multiply x (B, H, W, K) bf16, gated by (B, K), into out (B, H, W, N) bf16."""
+        B, H, W, K = x.shape
+        N, packed = self.width, x.new_empty(len(x), *self.raw.shape)
+        run(
+            "SCALE", out_type=BF16, images=B, depth=K, width=N, source=gates.contiguous(), weight=self.raw,
+            weight_image=packed[0].nbytes, out=packed,
+        )  # fmt: skip
+        run(
+            "PRODUCT", type=BF16, out_type=BF16, images=B, lines=1, cells=H * W, depth=K, width=N, segments=1,
+            source_image=2 * K * H * W, source_cell=2 * K, out_image=2 * N * H * W, out_cell=2 * N, source=x,
+            weight=packed, weight_image=packed[0].nbytes, bias=self.bias.repeat(B, 1), out=out,
+        )  # fmt: skip
+
+
+class WeightSlope:
+    """The gradient of a product's weight, (N, K) float32, summed over calls of `add`."""
+
+    def __init__(self, N: int, K: int) -> None:
+        self.is_swapped = N > K  # every thread packs the first factor, so that shall be the narrower
+        self.sums = torch.empty(min(N, K), max(N, K))
+        self.adds = 0
+
+    def add(self, slope: Tensor, x: Tensor) -> WeightSlope:
+        """Add the sum over all rows of slope (..., N) times x (..., K), bf16."""
+        first, second = (x, slope) if self.is_swapped else (slope, x)
+        width, depth = self.sums.shape
+        run(
+            "WEIGHT_SLOPE", cells=x.numel() // x.shape[-1], width=width, depth=depth, gradient=first, source=second,
+            adds=self.adds, out=self.sums,
+        )  # fmt: skip
+        self.adds = 1
+        return self
+
+    @property
+    def total(self) -> Tensor:
+        return self.sums.T if self.is_swapped else self.sums
+
+
+def bf16_rows(x: Tensor) -> Tensor:
+    """Return a tensor as the kernels read it."""
+    return x.to(torch.bfloat16).contiguous()
+
+
+def sum_of_rows(slope: Tensor) -> Tensor:
+    """Return the gradient of a bias: (..., N) bf16 -> (N,) float32."""
+    return slope.flatten(0, -2).sum(dim=0, dtype=torch.float32)
