@@ -29,6 +29,7 @@ from coatnet.data.transforms import Preprocessing
 from coatnet.errors import BadImageError, ConfigError, DataError, ModelFileError
 from coatnet.fast.engines import OptimizedModel, optimize, optimize_at_once
 from coatnet.files import MANIFEST, new_folder, read_json, verify_folder, write_json
+from coatnet.model.init import NoInit
 from coatnet.model.network import CoAtNet
 
 FORMAT = 1  # of model.json; a reader takes this one and older ones
@@ -141,7 +142,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
     folder = _find_model(Path(path))
     card, config = _read_card(folder)
     try:
-        with torch.random.fork_rng(devices=[]):  # the start values are drawn and thrown away: leave no trace
+        with NoInit():
             network = CoAtNet(config)
         classifier = Classifier(
             network=network,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -205,17 +206,23 @@ class _EvaluationMaker:
 
     def __getitem__(self, start: int, /) -> _Made:
         stop = min(len(self.image_set), start + self.batch_size)
-        images, taken, bad = list[Tensor](), list[int](), dict[str, str]()
-        for index in range(start, stop):
-            try:
-                images.append(self.preprocessing(self.image_set.read(index)))
-                taken.append(index)
-            except BadImageError as error:
-                bad[self.image_set.name(index)] = str(error)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # decoders leave Python to others while they work
+            found = dict(zip(range(start, stop), pool.map(self._read, range(start, stop)), strict=True))
+        bad = {
+            self.image_set.name(index): str(error) for index, error in found.items() if not isinstance(error, Tensor)
+        }
+        images = {index: image for index, image in found.items() if isinstance(image, Tensor)}
         if not images:
             return _Made(None, bad)
-        positions = torch.tensor(taken)
-        return _Made(_batch(images, self.image_set.targets[taken], positions, torch.zeros_like(positions)), bad)
+        positions = torch.tensor(list(images))
+        targets = self.image_set.targets[list(images)]
+        return _Made(_batch(list(images.values()), targets, positions, torch.zeros_like(positions)), bad)
+
+    def _read(self, index: int) -> Tensor | BadImageError:
+        try:
+            return self.preprocessing(self.image_set.read(index))
+        except BadImageError as error:
+            return error
 
 
 def _batch(images: list[Tensor], targets: draws.IntArray, positions: Tensor, epochs: Tensor) -> Batch:

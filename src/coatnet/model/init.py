@@ -7,9 +7,11 @@ nothing (docs/log.md).
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from coatnet.model.attention import RelativeBias
 
@@ -30,3 +32,19 @@ def init_weights(module: nn.Module, style: Literal["normal", "fan_in"] = "normal
         nn.init.normal_(module.table, std=WEIGHT_STD)
     elif isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
         module.reset_parameters()
+
+
+class NoInit(TorchFunctionMode):
+    """Within it, networks are built without start values: for weights that are read from a file right after."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
