@@ -308,9 +308,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # What is imported stays. Looking through all of torch for garbage took a third of a short command's time.
-    gc.set_threshold(100_000)
-    try:
-        sys.exit(run(sys.argv[1:]))
-    finally:
-        gc.freeze()
+    gc.set_threshold(100_000)  # looking through all of torch for garbage, while it is imported, takes long
+    status = run(sys.argv[1:])
+    if sys.argv[1:2] == ["predict"]:
+        gc.freeze()  # looking through it once more at the end would take as long as the prediction
+    sys.exit(status)

@@ -33,7 +33,7 @@ from coatnet.errors import CoatnetError
 SIZES = ((375, 500), (1200, 1600))  # px, height and width
 NUM_FILES = 16
 PX = 224
-ROUNDS, COMMAND_ROUNDS, EVALUATION_ROUNDS = 9, 5, 2
+ROUNDS, COMMAND_ROUNDS, EVALUATION_ROUNDS = 9, 5, 1
 
 
 def draw_picture(height: int, width: int, seed: int) -> Image.Image:

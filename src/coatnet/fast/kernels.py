@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,15 +32,16 @@ def run_map(kind: str, source: Tensor, **fields: Fields) -> Tensor:
     return sums.sum(dim=1).transpose(0, 1)
 
 
-def scratch(name: str, like: Tensor) -> Tensor:
-    """Return memory for a bf16 map, which the next request by the same name in this thread overwrites.
+def scratch(name: str, shape: Sequence[int]) -> Tensor:
+    """Return memory for a bf16 map of this shape, which the next request by the same name in this thread overwrites.
 
     New memory costs more than what is written to it: the system clears it page by page.
     """
     kept: dict[str, Tensor] = _KEPT.__dict__
-    if name not in kept or kept[name].numel() < like.numel():
-        kept[name] = torch.empty(like.numel(), dtype=torch.bfloat16)
-    return kept[name][: like.numel()].view(like.shape)
+    count = math.prod(shape)
+    if name not in kept or kept[name].numel() < count:
+        kept[name] = torch.empty(count, dtype=torch.bfloat16)
+    return kept[name][:count].view(*shape)
 
 
 _KEPT = threading.local()
@@ -116,7 +118,7 @@ class WeightSlope:
         width, depth = self.sums.shape
         run(
             "WEIGHT_SLOPE", cells=x.numel() // x.shape[-1], width=width, depth=depth, gradient=first, source=second,
-            adds=self.adds, out=self.sums,
+            source_cell=2 * depth, adds=self.adds, out=self.sums,
         )  # fmt: skip
         self.adds = 1
         return self

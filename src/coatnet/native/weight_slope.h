@@ -1,5 +1,5 @@
 // WEIGHT_SLOPE: the gradient of a product's weights, out (width, depth) fp32 = the sum over all pixels (cells) of
-// gradient (cells, width) times source (cells, depth), bf16. Two pixels are put side by side in 32 bits, as bf16
+// gradient (cells, width) times source (cells, depth), bf16, the latter `source_cell` bytes from pixel to pixel. Two pixels are put side by side in 32 bits, as bf16
 // products want them, for both factors; tiles of `out` are shared among threads, so that sums do not depend on them.
 // PACK: weights as products want them.
 #pragma once
@@ -42,7 +42,7 @@ inline void weight_slope(const Op& op, int64_t thread, int64_t threads) {
     for (int64_t start = 0; start < op.cells; start += AT_ONCE) {
         const int64_t pixels = std::min(AT_ONCE, op.cells - start), steps = (pixels + 1) / 2;
         const char* gradient = op.gradient + 2 * start * op.width;
-        const char* source = op.source + 2 * start * op.depth;
+        const char* source = op.source + start * op.source_cell;
         for (int64_t t = 0; t < tiles; t++)
             zip(gradient + 2 * t * SLOPE_ROWS, 2 * op.width, pixels, tail(std::min<int64_t>(SLOPE_ROWS, op.width - t * SLOPE_ROWS)),
                 rows.data() + t * tile_bytes, 4 * SLOPE_ROWS, (1 << SLOPE_ROWS) - 1);
@@ -50,7 +50,7 @@ inline void weight_slope(const Op& op, int64_t thread, int64_t threads) {
             const int64_t panel = unit / tiles, column = panel * PANEL;
             next = std::min(share.last, (panel + 1) * tiles);
             for (int64_t half = 0; half < PANEL; half += 16)
-                zip(source + 2 * (column + half), 2 * op.depth, pixels, tail(op.depth - column - half),
+                zip(source + 2 * (column + half), op.source_cell, pixels, tail(op.depth - column - half),
                     columns.data() + 4 * half, 128, 0xffff);
             for (int64_t t = unit % tiles; t < unit % tiles + next - unit; t++)
                 slope_tile(rows.data() + t * tile_bytes, columns.data(), steps, start == 0 && !op.adds,

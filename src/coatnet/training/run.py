@@ -112,6 +112,7 @@ class Run:
 
     def look_at(self, classifier: Classifier, image_set: ImageSet) -> Outcome:
         """Ask a classifier about every picture that can be read."""
+        classifier.optimize()
         return evaluate(
             classifier, image_set, batch_size=self.evaluation_batch_size, num_workers=self.config.num_workers
         )
