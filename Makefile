@@ -43,7 +43,7 @@ bench-int8: $(BENCH_READY)  ## train coatnet_0 on letters of the system's typefa
 	$(BIN)/python tools/draw_letters.py $(LETTERS)/pictures --train 8 --test 10
 	$(BIN)/coatnet train $(LETTERS)/pictures --out $(LETTERS)/run64 --model coatnet_0 --image-size 64 --batch-size 96 --max-time 20m $(LETTERS_RECIPE)
 	$(BIN)/coatnet train $(LETTERS)/pictures --out $(LETTERS)/run112 --init $(LETTERS)/run64 --image-size 112 --batch-size 96 --max-time 16m $(LETTERS_RECIPE)
-	$(BIN)/coatnet train $(LETTERS)/pictures --out $(LETTERS)/run224 --init $(LETTERS)/run112 --image-size 224 --batch-size 64 --max-time 9m $(LETTERS_RECIPE)
+	$(BIN)/coatnet train $(LETTERS)/pictures --out $(LETTERS)/run224 --init $(LETTERS)/run112 --image-size 224 --batch-size 64 --max-time 16m $(LETTERS_RECIPE)
 	$(BIN)/coatnet bench agreement $(LETTERS)/run224 $(LETTERS)/pictures --out results/bench_agreement.json
 	$(BIN)/python tools/write_results.py
 
