@@ -94,16 +94,15 @@ class Stemmed(torch.autograd.Function):
                 acted[group, 1:-1, 1:-1] = there
             weight2_slope = _taps_slope(padded, acted)
             norm_slope, norm_bias_slope, mix = ctx.moments.backward(sums)
-            weight1_slope, bias1_slope = WeightSlope(width, patches.shape[3]), torch.zeros(width)
+            weight1_slope = WeightSlope(width, patches.shape[3])
             for group in groups(convolved):
                 mixed = scratch("group", convolved[group].shape)
                 run_map("MIXED", convolved[group], gradient=acted_slope[group], mix=mix, out=mixed)
                 weight1_slope.add(mixed, patches[group])
-                bias1_slope += sum_of_rows(mixed)
             _, channels, side, _ = w.weight1.shape
             taps = weight1_slope.total[:, : side * side * channels].unflatten(1, (side, side, channels))
-            slopes = (
-                taps.permute(0, 3, 1, 2), bias1_slope, norm_slope, norm_bias_slope, weight2_slope, sum_of_rows(slope),
+            slopes = (  # the first bias has none: BatchNorm takes it away again
+                taps.permute(0, 3, 1, 2), torch.zeros(width), norm_slope, norm_bias_slope, weight2_slope, sum_of_rows(slope),
             )  # fmt: skip
         return None, None, *slopes  # in the order of StemWeights
 
