@@ -102,7 +102,8 @@ class Stemmed(torch.autograd.Function):
             _, channels, side, _ = w.weight1.shape
             taps = weight1_slope.total[:, : side * side * channels].unflatten(1, (side, side, channels))
             slopes = (  # the first bias has none: BatchNorm takes it away again
-                taps.permute(0, 3, 1, 2), torch.zeros(width), norm_slope, norm_bias_slope, weight2_slope, sum_of_rows(slope),
+                taps.permute(0, 3, 1, 2), torch.zeros(width), norm_slope, norm_bias_slope, weight2_slope,
+                sum_of_rows(slope),
             )  # fmt: skip
         return None, None, *slopes  # in the order of StemWeights
 
