@@ -66,6 +66,8 @@ def test_commit_of_a_checkout_tells_changed_files(monkeypatch: pytest.MonkeyPatc
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     monkeypatch.setattr(record, "__file__", str(file))
     assert environment()["commit"] == head
+    (tmp_path / "results.json").write_text("{}")
+    assert environment()["commit"] == head, "no code of ours changed"
     file.write_text("new")
     assert environment()["commit"] == f"{head}-dirty"
 

@@ -87,13 +87,18 @@ def _shorten(text: str) -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the code that runs, `-dirty` if files differ from it; None if it is no checkout of ours."""
+    """Return the commit of the code that runs, None if it is no checkout of ours.
+
+    It ends in `-dirty` where the code differs from it; a record that was just written beside it does not count.
+    """
     here = Path(__file__).resolve()
     top = _git(here.parent, "rev-parse", "--show-toplevel")
     # An installed copy may lie inside some other repository, whose commit would say nothing about us.
     if top is None or Path(top).resolve() / "src" / "coatnet" / here.name != here:
         return None
-    return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    head = _git(here.parent, "rev-parse", "HEAD")
+    changed = _git(here.parent, "status", "--porcelain", "--untracked-files=no", "--", ".")
+    return f"{head}-dirty" if head and changed else head
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
