@@ -59,14 +59,16 @@ def test_commit_is_the_running_codes(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_commit_of_a_checkout_tells_changed_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     file = tmp_path / "src" / "coatnet" / "record.py"
     file.parent.mkdir(parents=True)
+    result = tmp_path / "result.json"
     file.write_text("old")
+    result.write_text("{}")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     monkeypatch.setattr(record, "__file__", str(file))
     assert environment()["commit"] == head
-    (tmp_path / "results.json").write_text("{}")
+    result.write_text("[]")
     assert environment()["commit"] == head, "no code of ours changed"
     file.write_text("new")
     assert environment()["commit"] == f"{head}-dirty"
