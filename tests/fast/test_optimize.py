@@ -93,6 +93,25 @@ def test_rows_of_the_zoo_err_no_more_than_plain(name: str, precision: str):
 
 
 @needs_kernels
+def test_gelu_in_a_product_against_float64():
+    """One column of weight 1: what comes out is GELU of what goes in, beyond where its pieces end too."""
+    x = torch.cat([torch.linspace(-12, 12, 100_001), torch.tensor([1e30, -1e30])])
+    weight, out = torch.zeros(32), torch.empty_like(x)
+    weight[0] = 1
+    zeros = torch.zeros(32)
+    fields = {
+        "kind": native.KINDS["PRODUCT"], "act": native.ACTS["GELU"], "images": 1, "lines": 1, "cells": len(x),
+        "depth": 1, "width": 1, "segments": 1, "source_cell": 4, "out_cell": 4, "source": x.data_ptr(),
+        "weight": weight.data_ptr(), "bias": zeros.data_ptr(), "out": out.data_ptr(),
+    }  # fmt: skip
+    native.run((native.Op * 1)(native.Op(**fields)), 1)
+    error = (out.double() - nn.functional.gelu(x.double())).abs()
+    assert error[:-2].max() < 3e-7 + 12 * 2**-24, f"{error[:-2].max():.1e} at {x[error[:-2].argmax()]}"
+    assert out[-2] == x[-2]
+    assert abs(out[-1]) < 3e-7
+
+
+@needs_kernels
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(kind=st.sampled_from(list(FAST)), height=SIDES, width=SIDES, batch=st.integers(0, 5))
 @torch.no_grad()

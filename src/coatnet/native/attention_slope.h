@@ -53,9 +53,7 @@ inline void all_channels(const char* rows, int64_t stride, const std::vector<cha
 INLINE void scatter_pairs(uint32_t* at, int64_t words, int64_t token, __m512 even, __m512 odd) {
     const __m512i places = _mm512_mullo_epi32(
         _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(int(4 * words)));
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-    _mm512_i32scatter_epi32(at + token * words, places, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)), 1);
+    _mm512_i32scatter_epi32(at + token * words, places, pairs(even, odd), 1);
 }
 
 // One head of one image; `bias_slope`, laid out as the table of biases, is added to.

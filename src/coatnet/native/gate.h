@@ -59,11 +59,7 @@ void scale(const Op& op, int64_t thread, int64_t threads) {
             if constexpr (OUT == FP32)
                 for (int64_t k = 0; k < K; k++) _mm512_storeu_ps(to + k * 128, row(k));
             if constexpr (OUT == BF16)
-                for (int64_t k = 0; k < K; k += 2) {
-                    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(row(k)));
-                    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(row(k + 1)));
-                    _mm512_storeu_si512(to + k / 2 * 128, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-                }
+                for (int64_t k = 0; k < K; k += 2) _mm512_storeu_si512(to + k / 2 * 128, pairs(row(k), row(k + 1)));
             if constexpr (OUT == UINT8) {
                 __m512 largest = _mm512_set1_ps(std::numeric_limits<float>::min());
                 for (int64_t k = 0; k < K; k++) largest = _mm512_max_ps(largest, _mm512_abs_ps(row(k)));

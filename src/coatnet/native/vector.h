@@ -55,6 +55,12 @@ INLINE void store(char* at, __m512 value, __mmask16 mask = 0xffff) {
     }
 }
 
+// Two vectors as bf16, side by side in 32 bits, as products want them.
+INLINE __m512i pairs(__m512 even, __m512 odd) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+    return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd)), 16));
+}
+
 INLINE void store(int64_t type, char* at, __m512 value, __mmask16 mask = 0xffff) {
     if (type == FP32)
         store<FP32>(at, value, mask);

@@ -78,10 +78,6 @@ inline void pack_weights(const Op& op, int64_t thread, int64_t threads) {
             return op.source_cell == 4 ? _mm512_maskz_loadu_ps(here, at)
                                        : _mm512_mask_i32gather_ps(_mm512_setzero_ps(), here, places, at, 1);
         };
-        for (int64_t k = 0; k < steps; k++, to += 128) {
-            const __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(row(2 * k)));
-            const __m512i odd = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(row(2 * k + 1)));
-            _mm512_storeu_si512(to, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-        }
+        for (int64_t k = 0; k < steps; k++, to += 128) _mm512_storeu_si512(to, pairs(row(2 * k), row(2 * k + 1)));
     }
 }
