@@ -21,6 +21,7 @@ from coatnet.bench.infer import bench_infer, lively
 from coatnet.bench.machine import measure_rates, roofline, work_of
 from coatnet.bench.memory import peak_mib
 from coatnet.bench.peers import DifferentWorkError, check_same_answers, check_same_work, timm_twin
+from coatnet.bench.small import batches
 from coatnet.bench.train import bench_train, make_update, measure_memory
 from coatnet.bench.turns import ratio, take_turns
 from coatnet.classifier import Classifier
@@ -210,3 +211,27 @@ def test_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(ConfigError, match=r"timm is not installed. pip install 'coatnet\[bench\]'"):
         timm_twin(lively(SMALL))
+
+
+def test_small_trains_both_once_and_compares_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("timm")
+    (tmp_path / "rates.json").write_text(json.dumps({"coatnet_pico": [90.0, 110.0], "resnet10t": [150.0]}))
+    words = ["bench", "small", "--model", "coatnet_pico", "--minutes", "0.1", "--seeds", "1", "--runs", str(tmp_path)]
+    assert run([*words, "--json"]) == 0
+    accuracy, inference = json.loads(capsys.readouterr().out)["figures"]["rows"]
+    assert accuracy["images"] == {"coatnet_pico": 600, "resnet10t": 900}, "six seconds at the rates met"
+    assert all(len(values) == 1 and 0 < values[0] < 100 for values in accuracy["top1_percent"].values())
+    assert inference["ratio"]["median"] > 0, inference
+    marker = tmp_path / "coatnet_pico-0.json"
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "top1_percent": 12.5}))
+    assert run(words) == 0
+    assert "coatnet_pico: top-1 12.50 %" in capsys.readouterr().out, "what is done is not done again"
+
+
+def test_the_peers_batches_shift_and_mirror():
+    pixels = torch.arange(16.0).reshape(1, 1, 4, 4).repeat(256, 1, 1, 1)
+    images, labels = next(batches(pixels, torch.zeros(256), seed=0))
+    assert (images.shape, labels.shape) == ((256, 1, 4, 4), (256,))
+    seen = {tuple(image.flatten().tolist()) for image in images}
+    assert len(seen) == 18, f"9 shifts, mirrored or not: {len(seen)} pictures"
+    assert tuple(pixels[0].flip(-1).flatten().tolist()) in seen

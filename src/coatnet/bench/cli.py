@@ -186,6 +186,38 @@ def agreement(
     _measure("agreement", rows, threads, out, json)
 
 
+@bench.command
+def small(
+    *,
+    model: str = "coatnet_nano",
+    minutes: float = 20.0,
+    seeds: int = 3,
+    runs: Path = Path("runs/small"),
+    threads: Threads = 0,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Compare a small row with timm's resnet10t on Fashion-MNIST: accuracy after equal time, and inference.
+
+    Example: coatnet bench small --minutes 1
+
+    Parameters
+    ----------
+    minutes: float
+        Of training on all threads, for each network and seed.
+    runs: Path
+        Where the trainings lie; those that are done are not run again.
+    """
+    config_of(model)
+
+    def rows() -> Rows:
+        from coatnet.bench.small import bench_small
+
+        return bench_small(model, minutes=minutes, num_seeds=seeds, folder=runs)
+
+    _measure("small", rows, threads, out, json)
+
+
 def _measure(kind: str, rows: Callable[[], Rows], threads: int, out: Path | None, json: bool) -> None:
     from coatnet.bench.show import measure
 

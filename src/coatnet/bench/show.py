@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ def show(row: dict[str, Any]) -> None:
     console = Console(highlight=False)
     where = ", ".join(f"{name} {row[name]}" for name in ("model", "image_size", "batch", "threads") if name in row)
     console.print(f"\n[bold]{row['work']}[/bold]  {where}")
-    lines = _growth if "curves" in row else _agreement if "agreement_percent" in row else _comparison
+    kinds = {"curves": _growth, "agreement_percent": _agreement, "top1_percent": _accuracies}
+    lines = next((lines for key, lines in kinds.items() if key in row), _comparison)
     for line in lines(row):
         console.print(line)
 
@@ -76,6 +78,15 @@ def _agreement(row: dict[str, Any]) -> Iterator[str]:
         f"agrees with fp32 on {row['agreement_percent']:.2f} % ({low:.2f} to {high:.2f}) of {row['n']} pictures; "
         f"top-1 {row['top1_percent']:.2f} %, fp32 {row['fp32_top1_percent']:.2f} %"
     )
+
+
+def _accuracies(row: dict[str, Any]) -> Iterator[str]:
+    for name, values in row["top1_percent"].items():
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        yield (
+            f"{name}: top-1 {statistics.mean(values):.2f} %{spread}, {len(values)} seeds, "
+            f"{row['images'][name]:,} pictures seen at {statistics.median(row['rates'][name]):.0f} a second"
+        )
 
 
 def _comparison(row: dict[str, Any]) -> Iterator[str | Table]:
