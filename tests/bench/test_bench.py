@@ -213,6 +213,7 @@ def test_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch):
         timm_twin(lively(SMALL))
 
 
+@pytest.mark.slow
 def test_small_trains_both_once_and_compares_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("timm")
     (tmp_path / "rates.json").write_text(json.dumps({"coatnet_pico": [90.0, 110.0], "resnet10t": [150.0]}))
