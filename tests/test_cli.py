@@ -221,6 +221,12 @@ def test_overwrite_and_resume_by_name(pictures: Path, say):
         said = say("train", *tokens)
         assert said.status == 0, said.err
         assert "resuming runs/pictures" in said.out
+    said = say("train", pictures, *quick, "--resume")
+    assert said.status == 0, "the same command, whatever was there"
+    assert "resuming runs/pictures" in said.err
+    said = say("train", pictures, *quick, "--resume", "--out", "another")
+    assert said.status == 0, "and where nothing was"
+    assert json.loads(said.out)["run"] == "another"
     assert "was trained on" in say("train", "elsewhere", "--resume", "--out", "runs/pictures").err
 
 
@@ -248,7 +254,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("train PICTURES --out new --holdout 0 --patience 2", 2, "no picture of"),
     ("train PICTURES --out new --on-bad-image stop --epochs 1 --model coatnet_pico", 1, "fish/007.png"),
     ("train --resume --overwrite", 2, "--resume and --overwrite exclude each other"),
-    ("train --resume --epochs 3 --batch-size 4", 2, "Drop --epochs, --batch-size, or start a new run"),
+    ("train --resume --out RUN --epochs 3.5 --batch-size 4", 2, "begun with another num_epochs, global_batch_size"),
     ("train --resume", 1, "There is no run below runs/"),
     ("train --resume --out PICTURES", 1, "holds no run"),
     ("train PICTURES --out PICTURES --overwrite", 1, "is no run folder, so it is left alone"),

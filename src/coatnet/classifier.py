@@ -28,7 +28,7 @@ from coatnet.data.decode import Pixels, decode
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import BadImageError, ConfigError, DataError, ModelFileError
 from coatnet.fast.engines import OptimizedModel, optimize, optimize_at_once
-from coatnet.files import MANIFEST, new_folder, read_json, verify_folder, write_json
+from coatnet.files import MANIFEST, new_folder, read_json, recover, verify_folder, write_json
 from coatnet.model.init import NoInit
 from coatnet.model.network import CoAtNet
 
@@ -165,6 +165,8 @@ def read_model_config(path: str | Path) -> ModelConfig:
 
 def _find_model(path: Path) -> Path:
     """Return the model folder that `path` is or, as a run folder, holds."""
+    recover(path.parent, path.name)
+    recover(path, "model")
     for folder in (path, path / "model"):
         if any((folder / name).is_file() for name in (CARD, MANIFEST, WEIGHTS)):
             return folder

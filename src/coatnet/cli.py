@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -112,6 +113,12 @@ class TrainFlags:
     """Processes that read pictures."""
     checkpoint_every: str | None = None
     """Time between checkpoints, like 5m."""
+    keep_last: int | None = None
+    """Checkpoints that stay: the newest so many."""
+    keep_best: bool | None = None
+    """Keep the checkpoint of the best validation too."""
+    keep_every: int | None = None
+    """Keep every so many-th checkpoint for good; 0 for none."""
     on_bad_image: Literal["skip", "stop"] | None = None
     """What to do with a file that cannot be read."""
     seed: int | None = None
@@ -132,7 +139,7 @@ class TrainFlags:
         for name in ("max_time_s", "checkpoint_interval_s"):
             if name in given:
                 given[name] = parse_duration_s(given[name])
-        for name in ("mixup_alpha", "cutmix_alpha", "ema_decay", "holdout_percent"):
+        for name in ("mixup_alpha", "cutmix_alpha", "ema_decay", "holdout_percent", "keep_every"):
             if given.get(name) == 0:
                 given[name] = None  # a config's word for off
         return given
@@ -173,22 +180,19 @@ def train(
     out: Path
         Run folder; absent, runs/NAME after the data.
     resume: bool
-        Go on with the run in --out, or with the newest one below runs/.
+        Go on with the run in --out, or with the newest one below runs/; where there is none yet, begin it.
     overwrite: bool
         Replace the run that is there.
     """
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other. Give one.")
-    if resume and flags.given():
-        named = ", ".join("--" + name.replace("_", "-") for name in flags.given())
-        raise ConfigError(f"A run is resumed with its own settings. Drop {named}, or start a new run.")
     from coatnet.ranks import is_first_rank
     from coatnet.training.command import train_from_flags
 
     result = train_from_flags(data, out, resume=resume, overwrite=overwrite, given=flags.settings(), quiet=json)
     if json and is_first_rank():
         print_json(_result_figures(result))
-    return STOPPED if result.was_interrupted else 0
+    return STOPPED if result.stopped_by == signal.SIGINT else 0  # SIGTERM was obeyed: nothing failed
 
 
 @app.command(name="eval")

@@ -304,6 +304,9 @@ class TrainConfig(Config):
     patience_epochs: int | None = None  # stop when validation has not improved for so long
     holdout_percent: float | None = 10.0  # of an unsplit folder's images, for validation; absent: train on everything
     checkpoint_interval_s: float = 300.0
+    keep_last: int = 2  # checkpoints
+    keep_best: bool = False  # that of the best validation too; one is taken whenever validation improves
+    keep_every: int | None = None  # every so many-th checkpoint for good
     evaluation_interval_epochs: float = 1.0
     init: str | None = None  # run, model folder or safetensors file to fine-tune from
     freeze: Literal["S0", "S1", "S2", "S3", "S4"] | None = None  # keep everything up to this stage as it is
@@ -319,9 +322,10 @@ class TrainConfig(Config):
         _check_rate("label_smoothing", self.label_smoothing)
         if self.ema_decay is not None:
             _check_rate("ema_decay", self.ema_decay)
-        for name in ("num_epochs", "global_batch_size", "microbatch_size", "max_time_s", "patience_epochs"):
-            _check_positive(name, getattr(self, name))
-        for name in ("checkpoint_interval_s", "evaluation_interval_epochs"):
+        for name in (
+            "num_epochs", "global_batch_size", "microbatch_size", "max_time_s", "patience_epochs",
+            "checkpoint_interval_s", "evaluation_interval_epochs", "keep_last", "keep_every",
+        ):  # fmt: skip
             _check_positive(name, getattr(self, name))
         _check(self.num_workers >= 0, f"num_workers is {self.num_workers}", "It must be 0 or more")
         _check(0 <= self.seed < 2**63, f"seed is {self.seed}", "It must be 0 or more")

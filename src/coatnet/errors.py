@@ -32,6 +32,10 @@ class ModelFileError(CoatnetError):
     """A model folder, checkpoint or weight file that is missing, damaged or does not fit."""
 
 
+class SpoiltModelError(ModelFileError):
+    """A network whose answers are no numbers."""
+
+
 class TrainingError(CoatnetError):
     """A training run that cannot start or go on: the loss is not finite, or the run folder holds something else."""
 

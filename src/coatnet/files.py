@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,20 @@ def read_json(path: Path) -> Any:
         raise ModelFileError(f"{path} cannot be read as JSON: {error}.") from None
 
 
+def write_manifest(folder: Path, names: Sequence[str], manifest: str = MANIFEST) -> None:
+    """Write the SHA-256 of these files of a folder, for `verify_folder`."""
+    write_json(folder / manifest, {"sha256": {name: sha256_of(folder / name) for name in names}})
+
+
+def recover(parent: Path, pattern: str) -> None:
+    """Put back the folders that a kill between two renames of `new_folder` left aside."""
+    for old in parent.glob(f".{pattern}.*.old"):
+        name = old.name[1:].rsplit(".", 2)[0]
+        if not (parent / name).exists():
+            with suppress(OSError):  # of a disk that is only to be read
+                old.rename(parent / name)
+
+
 @contextmanager
 def new_folder(path: Path) -> Generator[Path]:
     """Yield a folder to fill; then give it a manifest, sync it and rename it to `path`, replacing what was there."""
@@ -65,11 +79,10 @@ def new_folder(path: Path) -> Generator[Path]:
     aside.mkdir()
     try:
         yield aside
-        files = sorted(file for file in aside.rglob("*") if file.is_file())
-        hashes = {file.relative_to(aside).as_posix(): sha256_of(file) for file in files}
-        for file in files:
-            _sync(file)
-        write_json(aside / MANIFEST, {"sha256": hashes})
+        names = sorted(file.relative_to(aside).as_posix() for file in aside.rglob("*") if file.is_file())
+        for name in names:
+            _sync(aside / name)
+        write_manifest(aside, names)
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
             path.rename(old)
@@ -85,18 +98,18 @@ def new_folder(path: Path) -> Generator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def verify_folder(path: Path, needed: Iterable[str]) -> None:
+def verify_folder(path: Path, needed: Iterable[str], manifest: str = MANIFEST) -> None:
     """Check every file of a folder against its manifest, which must list those needed.
 
     Raises: ModelFileError naming the first file that is missing or was changed, the manifest itself included.
     """
-    manifest = read_json(path / MANIFEST)
-    hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
+    content = read_json(path / manifest)
+    hashes = content.get("sha256") if isinstance(content, dict) else None
     if not isinstance(hashes, dict):
-        raise ModelFileError(f"{path}: {MANIFEST} is damaged (it lists no files). Copy the folder again.")
+        raise ModelFileError(f"{path}: {manifest} is damaged (it lists no files). Copy the folder again.")
     unlisted = [name for name in needed if name not in hashes]
     if unlisted:  # else a manifest that lost a line would vouch for anything
-        raise ModelFileError(f"{path}: {MANIFEST} does not list {unlisted[0]}. Copy the folder again.")
+        raise ModelFileError(f"{path}: {manifest} does not list {unlisted[0]}. Copy the folder again.")
     for name, want in hashes.items():
         file = path / name
         if not file.is_file():

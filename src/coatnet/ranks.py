@@ -87,6 +87,11 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def was_restarted() -> bool:
+    """Return whether torchrun or Slurm started this very command before, and it did not end well."""
+    return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def find_device(name: str) -> torch.device:
     """Return the device of that name: "cpu", "cuda", "cuda:1", "mps", or "auto" for the best at hand.
 

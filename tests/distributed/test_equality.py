@@ -68,7 +68,7 @@ def test_two_ranks_end_where_one_does(method: Any, tmp_path: Path, monkeypatch: 
         checkpoint_interval_s=0.05,
     )
     noted = on_two_ranks(config, tmp_path)
-    monkeypatch.setattr(loop, "finish", lambda run, _was_interrupted: run)
+    monkeypatch.setattr(loop, "finish", lambda run: run)
     alone = tmp_path / "alone"
     train(replace(config, out=str(alone), microbatch_size=None))
 

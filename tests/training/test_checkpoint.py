@@ -130,7 +130,7 @@ def test_the_newest_few_are_kept(tmp_path: Path):
     for _ in range(4):
         update(state)
         checkpoint.save(tmp_path, state)
-    assert checkpoint.NUM_KEPT == 2
+    assert checkpoint.Retention().num_last == 2
     assert steps_kept(tmp_path) == [3, 4]
 
 

@@ -17,7 +17,7 @@ from coatnet.data.transforms import Preprocessing
 from coatnet.errors import ConfigError, DataError
 from coatnet.recipes import RECIPES
 from coatnet.training import choices
-from coatnet.training.choices import choose_config
+from coatnet.training.choices import choose_config, differing
 from coatnet.training.start import build
 from training.tiny import CLASSES, MODEL, write_pictures
 
@@ -224,6 +224,9 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {  # flag: what is typed, where it ends
     "device": ("cpu", "device", "cpu"),
     "workers": (3, "num_workers", 3),
     "checkpoint_every": ("2m", "checkpoint_interval_s", 120.0),
+    "keep_last": (5, "keep_last", 5),
+    "keep_best": (True, "keep_best", True),
+    "keep_every": (4, "keep_every", 4),
     "on_bad_image": ("stop", "on_bad_image", "stop"),
     "seed": (99, "seed", 99),
 }
@@ -256,6 +259,16 @@ def test_zero_turns_off(flag: str, folders: dict[str, Path]):
     given = TrainFlags(recipe="imagenet_1k", **{flag: 0.0}).settings()
     config, _ = choose_config(str(folders["28"]), "run", given)
     assert at(config, FLAGS[flag][1]) is None
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_what_differs_from_a_run_is_named(flag: str, folders: dict[str, Path]):
+    usual, _ = choose_config(str(folders["28"]), "run", {"device": "cpu"})
+    given = TrainFlags(**{flag: FLAGS[flag][0]}).settings()
+    assert differing(usual, {"seed": 0, "device": "auto", "model": usual.model.name}) == []
+    assert differing(usual, given) == ([] if flag == "device" else list(given)) or FLAGS[flag][2] == at(
+        usual, FLAGS[flag][1]
+    )
 
 
 def test_a_low_peak_takes_its_end_along(folders: dict[str, Path]):

@@ -7,19 +7,26 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from coatnet.errors import TrainingError
+from coatnet.data.sources import ArrayImages, DataSet, Split
+from coatnet.errors import ModelFileError, TrainingError
 from coatnet.training import run_folder
 from coatnet.training.loop import train
 from training.tiny import MODEL, config_of
+
+
+def data_of(split: Split | None = None) -> DataSet:
+    images = ArrayImages(np.zeros((2, 4, 4), np.uint8), np.arange(2), ("a", "b"), "train", np.arange(2))
+    return DataSet("pictures", images, None, None, ("a", "b"), split)
 
 
 @pytest.fixture
 def a_run(tmp_path: Path) -> Path:
     """Return the folder of a run that has begun."""
     config = config_of("pictures", tmp_path / "run")
-    run_folder.begin(config, {"train": ["a"], "val": ["b"]})
+    run_folder.begin(config, data_of({"train": ["a"], "val": ["b"]}), 1)
     return tmp_path / "run"
 
 
@@ -28,12 +35,31 @@ def test_a_run_reads_back(a_run: Path):
     assert run_folder.read_split(a_run) == {"train": ["a"], "val": ["b"]}
 
 
+@pytest.mark.parametrize("name", ["config.json", "split.json", "start.json", "run_manifest.json"])
+def test_one_flipped_bit_is_noticed_before_a_run_goes_on(name: str, a_run: Path):
+    content = bytearray((a_run / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (a_run / name).write_bytes(content)
+    with pytest.raises((ModelFileError, TrainingError), match=r"damaged|cannot be read|holds no run|missing|not list"):
+        run_folder.read_config(a_run)
+
+
+def test_a_run_cut_off_at_its_first_moment_is_begun_anew(a_run: Path):
+    (a_run / "run_manifest.json").unlink()
+    config = config_of("pictures", a_run)
+    for start in ("new", "resume"):
+        assert run_folder.check(config, start) is False
+    assert not run_folder.is_begun(a_run)
+    run_folder.begin(config, data_of(), 1)
+    assert run_folder.check(config, "resume") is True
+
+
 def test_a_new_run_takes_an_absent_or_an_empty_folder(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "deep/down/absent"):
         config = config_of("pictures", tmp_path / name)
         run_folder.check(config, "new")
-        run_folder.begin(config, None)
+        run_folder.begin(config, data_of(), 1)
         assert run_folder.read_config(tmp_path / name) == config
         assert run_folder.read_split(tmp_path / name) is None
 
@@ -49,8 +75,8 @@ def test_overwrite_replaces_the_run_whole(a_run: Path):
     (a_run / "checkpoints").mkdir()
     config = config_of("other", a_run)
     run_folder.check(config, "overwrite")
-    run_folder.begin(config, None)
-    assert [path.name for path in a_run.iterdir()] == ["config.json"]
+    run_folder.begin(config, data_of(), 1)
+    assert {path.name for path in a_run.iterdir()} == {"config.json", "start.json", "run_manifest.json"}
     assert run_folder.read_config(a_run) == config
 
 
@@ -91,7 +117,7 @@ def test_only_a_run_is_resumed(tmp_path: Path):
 
 
 def test_newest_run(a_run: Path, tmp_path: Path):
-    run_folder.begin(config_of("pictures", tmp_path / "second"), None)
+    run_folder.begin(config_of("pictures", tmp_path / "second"), data_of(), 1)
     (tmp_path / "no run").mkdir()
     (tmp_path / "no run" / "config.json").write_text("{}")
     os.utime(a_run, (1, 1))

@@ -5,6 +5,8 @@ What `open_data` divides itself it records in `DataSet.split`, so that a resumed
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,8 @@ from coatnet.data.splits import Split, follow, hold_out
 from coatnet.errors import BadImageError, DataError
 
 __all__ = [
-    "DATA_SETS", "ArrayImages", "DataSet", "FolderImages", "ImageSet", "Split", "images_below", "labelled_folder",
-    "list_images", "measure", "open_data",
+    "DATA_SETS", "ArrayImages", "DataSet", "FolderImages", "ImageSet", "Split", "fingerprint", "images_below",
+    "labelled_folder", "list_images", "measure", "open_data",
 ]  # fmt: skip
 
 DATA_SETS = ("fashion-mnist",)
@@ -61,6 +63,18 @@ def _open_parts(data: str | Path) -> Mapping[str, ImageSet]:
         folder = fashion_mnist.find()
         return {part: fashion_mnist.images(folder, part) for part in ("train", "test")}
     return open_folder(Path(data))
+
+
+def fingerprint(data: DataSet) -> str:
+    """Return the SHA-256 of what the data set lists: names and classes of all pictures, and the sizes of files."""
+    digest = hashlib.sha256(json.dumps(data.class_names).encode())
+    for part, images in (("train", data.train), ("val", data.val), ("test", data.test)):
+        if images is None:
+            continue
+        for index, target in enumerate(images.targets.tolist()):
+            size = images.path(index).stat().st_size if isinstance(images, FolderImages) else 0
+            digest.update(f"{part}\t{images.name(index)}\t{target}\t{size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def measure(images: ImageSet, *, limit: int = 200, seed: int = 0) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from coatnet.classifier import Classifier
 from coatnet.data.image_sets import ImageSet
 from coatnet.data.loader import EvaluationLoader
-from coatnet.errors import DataError, ModelFileError
+from coatnet.errors import DataError, SpoiltModelError
 
 Z95 = 1.959963984540054  # standard normal quantile of a two-sided 95 % interval
 NUM_CALIBRATION_BINS = 15  # of equal width, as in arXiv:1706.04599
@@ -127,7 +127,7 @@ def evaluate(
     """Ask the classifier about every picture of a set; `progress` hears how many are done, bad files too.
 
     Raises: DataError if the set's classes are not the model's, or no picture can be read. Their order may differ.
-            ModelFileError if the model's answers are not finite numbers.
+            SpoiltModelError if the model's answers are not finite numbers.
     """
     model_index = _match_classes(classifier.labels, image_set.class_names)
     loader = EvaluationLoader(image_set, classifier.preprocessing, batch_size=batch_size, num_workers=num_workers)
@@ -179,7 +179,7 @@ def _some(names: list[str]) -> str:
 def _check_finite(outcome: Outcome) -> None:
     broken = np.flatnonzero(~np.isfinite(outcome.logits).all(axis=1))
     if len(broken):
-        raise ModelFileError(
+        raise SpoiltModelError(
             f"The model's answers for {len(broken)} of {len(outcome.targets)} pictures are not finite numbers, "
             f"{outcome.names[broken[0]]} first. Its weights are spoilt: take an earlier checkpoint, or train again."
         )

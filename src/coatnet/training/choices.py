@@ -171,6 +171,16 @@ def _choose_speed(device: torch.device, given: dict[str, Any], reasons: list[str
     return {"precision": "bf16" if fast else "fp32", "num_workers": workers}
 
 
+def differing(config: TrainConfig, given: dict[str, Any]) -> list[str]:
+    """Return the names of the given settings that are others than a run's. Raises: ConfigError for unknown ones."""
+    own = {"model": config.model.name, "recipe": config.recipe, "image_size": config.model.image_size}
+    names = [name for name in own if name in given and given[name] != own[name]]
+    for name, value in given.items():
+        if name not in own and not (name == "device" and value == "auto"):
+            names += [name] if _with_given(config, {name: value}) != config else []
+    return names
+
+
 _PARTS = ("augment", "optimizer", "model")  # of TrainConfig, whose fields the user may give by name
 
 

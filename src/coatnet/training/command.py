@@ -11,9 +11,9 @@ from rich.console import Console
 from coatnet.config import TrainConfig
 from coatnet.errors import ConfigError
 from coatnet.evaluation.tables import interval_text
-from coatnet.ranks import is_first_rank
+from coatnet.ranks import is_first_rank, was_restarted
 from coatnet.training import run_folder
-from coatnet.training.choices import choose_config
+from coatnet.training.choices import choose_config, differing
 from coatnet.training.finish import Result, in_words
 from coatnet.training.loop import train
 from coatnet.training.progress import Shown
@@ -28,8 +28,9 @@ def train_from_flags(
     console = Console(
         stderr=quiet, quiet=not is_first_rank(), soft_wrap=True, highlight=False, markup=False, emoji=False
     )
-    if resume:
-        config = _resumed(data, out)
+    run = _to_go_on_with(data, out, resume or was_restarted())
+    if run is not None:
+        config = _resumed(run, data, given)
         console.print(f"resuming {config.out}")
     else:
         if data is None:
@@ -38,17 +39,30 @@ def train_from_flags(
         for reason in reasons:
             console.print(f"  {reason}")
     with Shown(console) as shown:
-        start = "resume" if resume else "overwrite" if overwrite else "new"
+        start = "resume" if run is not None else "overwrite" if overwrite else "new"
         result = train(config, start=start, progress=shown)
     _close(console, result)
     return result
 
 
-def _resumed(data: str | None, out: Path | None) -> TrainConfig:
+def _to_go_on_with(data: str | None, out: Path | None, resume: bool) -> Path | None:
+    """Return the run to resume, None where none is asked for or none is begun yet."""
+    if not resume:
+        return None
     run = out or (RUNS / Path(data).resolve().name if data else run_folder.newest_run(RUNS))
+    return run if data is None or run_folder.is_begun(run) else None
+
+
+def _resumed(run: Path, data: str | None, given: dict[str, Any]) -> TrainConfig:
+    """Return the run's config; what was given with --resume must be what the run has."""
     config = run_folder.read_config(run)
     if data is not None and Path(data).resolve() != Path(config.data).resolve():
         raise ConfigError(f"{run} was trained on {config.data}, not on {data}. Give that, or another --out.")
+    if others := differing(config, given):
+        raise ConfigError(
+            f"{run} was begun with another {', '.join(others)}. A run is resumed with its own settings: "
+            "leave these out, or give another --out."
+        )
     return replace(config, out=str(run))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from coatnet.files import write_json
 from coatnet.layout import count
 from coatnet.record import write_record
 from coatnet.training.run import Run
+from coatnet.training.stop import StopAsked
 
 
 @dataclass(frozen=True)
@@ -25,28 +28,37 @@ class Result:
     summary: Summary | None  # on rank 0 alone, where something was looked at
     seconds: float  # of training
     num_bad_images: int
-    was_interrupted: bool
+    stopped_by: signal.Signals | None  # Ctrl-C or SIGTERM, where the run is not done
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether there is something left to train."""
+        return self.stopped_by is not None
 
 
-def finish(run: Run, was_interrupted: bool) -> Result:
+def finish(run: Run) -> Result:
     """Evaluate the model that was kept, on test where there is one, else on val; write report and record.
 
-    An interrupted run does not look at test. Where there is nothing to look at there is a record without accuracy,
-    and no report.
+    An interrupted run does not look at test, and at nothing where SIGTERM ended it. Where there is nothing to look at
+    there is a record without accuracy, and no report.
     """
     folder = Path(run.config.out)
     classifier = load(folder / "model", device=run.ranks.device)
     bad_images = run.ranks.union(run.loader.bad_images)
-    part = "val" if run.data.test is None or was_interrupted else "test"
+    stopped_by = None if run.is_over else run.stop.asked
+    part = "val" if run.data.test is None or stopped_by else "test"
     image_set = run.data.val if part == "val" else run.data.test
+    if stopped_by == signal.SIGTERM:
+        image_set = None
     summary: Summary | None = None
     if run.ranks.is_first and image_set is not None:
         run.tell(f"looking at {len(image_set)} {part} pictures")
-        outcome = run.look_at(classifier, image_set)
-        summary = summarise(outcome)
-        bad_images |= outcome.bad_images
-        _write_record(run, part, summary, bad_images)
-        _write_evaluation(run, part, image_set, outcome, summary, bad_images)
+        with suppress(StopAsked):  # the run is done and saved: --resume makes the report
+            outcome = run.look_at(classifier, image_set)
+            summary = summarise(outcome)
+            bad_images |= outcome.bad_images
+            _write_record(run, part, summary, bad_images)
+            _write_evaluation(run, part, image_set, outcome, summary, bad_images)
     elif run.ranks.is_first:
         _write_record(run, None, None, bad_images)
     return Result(
@@ -56,7 +68,7 @@ def finish(run: Run, was_interrupted: bool) -> Result:
         summary=summary,
         seconds=run.state.elapsed_s,
         num_bad_images=len(bad_images),
-        was_interrupted=was_interrupted,
+        stopped_by=stopped_by,
     )
 
 
@@ -99,6 +111,8 @@ def _write_record(run: Run, part: str | None, summary: Summary | None, bad_image
             "steps": state.step,
             "images_per_s": state.step * config.global_batch_size / max(1e-9, state.elapsed_s),
             "num_ranks": run.ranks.size,
+            "num_skipped": state.num_skipped,
+            "microbatch_size": run.microbatch_size,
             "num_params": counts.num_params,
             "gmacs": counts.gmacs,
             "bad_images": bad_images,

@@ -4,62 +4,63 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
 
 from coatnet.config import TrainConfig
-from coatnet.data import draws
 from coatnet.data.loader import Batch, TrainLoader
-from coatnet.data.mixing import mix
 from coatnet.data.sources import DataSet, ImageSet, open_data
 from coatnet.data.transforms import Augmentation, Preprocessing
-from coatnet.errors import BadImageError, ConfigError, TrainingError
+from coatnet.errors import BadImageError, ConfigError, SpoiltModelError, TrainingError
 from coatnet.evaluation.metrics import summarise
 from coatnet.fast.training import for_training
 from coatnet.ranks import Ranks, join
 from coatnet.training import checkpoint, run_folder
+from coatnet.training.diagnosis import diagnose
 from coatnet.training.ema import Ema
 from coatnet.training.finish import Result, finish
-from coatnet.training.losses import loss_of, soft_targets
-from coatnet.training.optimizer import learning_rate, make_optimizers, set_rate
-from coatnet.training.run import Progress, Run, Update
-from coatnet.training.start import build, freeze, initialise, to_train_mode
-
-NUM_UNREAD = 20  # on an accelerator a look at the loss stops the queue, so only every so many are looked at
-WARMUP_SHARE = 0.25  # of a run that ends by the clock, at most
+from coatnet.training.optimizer import make_optimizers
+from coatnet.training.run import Progress, Run
+from coatnet.training.saver import DISK_ERRORS, Saver, could_not_write
+from coatnet.training.start import build, freeze, initialise
+from coatnet.training.stop import StopAsked, StopRequest, listening
+from coatnet.training.update import MAX_SKIPPED, step
 
 
 def train(config: TrainConfig, *, start: run_folder.Start = "new", progress: Progress | None = None) -> Result:
     """Train as the config says and leave a run folder with model, report and record.
 
-    "resume" goes on from the newest good checkpoint; Ctrl-C leaves a checkpoint and a model and returns what is there.
+    "resume" goes on from the newest good checkpoint. Ctrl-C leaves a checkpoint and a model and returns what is there;
+    SIGTERM does the same at once, without a look at the pictures set apart.
     Raises: TrainingError, DataError, ConfigError, ModelFileError.
     """
-    with join(config.device) as ranks:
-        if ranks.is_first:
-            run_folder.check(config, start)
-        run = _set_up(config, ranks, start == "resume", progress)
-        if ranks.is_first and start != "resume":
-            run_folder.begin(config, run.data.split)
+    with listening() as stop, join(config.device) as ranks:
+        resumes = bool(ranks.first_says(ranks.is_first and run_folder.check(config, start)))
+        run = _set_up(config, ranks, stop, resumes, progress)
+        if ranks.is_first and not resumes:
+            run_folder.begin(config, run.data, ranks.size)
         ranks.wait()
-        was_interrupted = _train_to_end(run)
-        return finish(run, was_interrupted)
+        retention = checkpoint.Retention(num_last=config.keep_last, best=config.keep_best, every=config.keep_every)
+        saver = Saver(Path(config.out), retention, run.tell)
+        try:
+            _train_to_end(run, saver)
+        finally:
+            saver.close()
+        return finish(run)
 
 
-def _set_up(config: TrainConfig, ranks: Ranks, resumes: bool, progress: Progress | None) -> Run:
+def _set_up(config: TrainConfig, ranks: Ranks, stop: StopRequest, resumes: bool, progress: Progress | None) -> Run:
     """Build all that the run works on; it writes nothing."""
     folder = Path(config.out)
     split = run_folder.read_split(folder) if resumes else None
     data = open_data(config.data, seed=config.seed, holdout_percent=config.holdout_percent, split=split)
     _check_fits(config, data, ranks)
-    keeps_average = config.ema_decay is not None
-    found, notes = checkpoint.find_newest(folder, keeps_average=keeps_average) if resumes else (None, [])
+    found, notes = _find_checkpoint(config, data) if resumes else (None, [])
     network = build(config.model, config.seed)
     if config.init and found is None:
         notes += initialise(network, Path(config.init), data.class_names)
@@ -93,7 +94,9 @@ def _set_up(config: TrainConfig, ranks: Ranks, resumes: bool, progress: Progress
         model=ranks.wrap(torch.compile(network) if config.compile else for_training(network)),  # pyright: ignore[reportArgumentType]
         loader=loader,
         preprocessing=Preprocessing(config.preprocessing),
+        stop=stop,
         listener=progress if ranks.is_first else None,
+        microbatch_limit=run_folder.read_microbatch_size(folder) if resumes else None,
     )
     for note in notes:
         run.tell(note)
@@ -125,156 +128,126 @@ def _check_fits(config: TrainConfig, data: DataSet, ranks: Ranks) -> None:
         )
 
 
-def _train_to_end(run: Run) -> bool:
-    """Update until the run is done; return whether Ctrl-C ended it before."""
+def _find_checkpoint(config: TrainConfig, data: DataSet) -> tuple[Path | None, list[str]]:
+    """Return what to resume from, None for a run that was ended before its first checkpoint, and notes on damage.
+
+    Raises: TrainingError if every checkpoint is damaged; DataError if the pictures are others than at the start.
+    """
+    folder = Path(config.out)
+    run_folder.check_data(folder, data)
+    found, damage = checkpoint.find_newest(folder, keeps_average=config.ema_decay is not None)
+    if found is None and damage:
+        raise TrainingError(
+            f"None of the {len(damage)} checkpoints of {folder} is whole. {damage[0]} "
+            "Bring back a copy of one, or begin anew with --overwrite."
+        )
+    return found, damage
+
+
+def _train_to_end(run: Run, saver: Saver) -> None:
+    """Update until the run is done or somebody asks it to stop."""
     saved_s = run.state.elapsed_s
-    next_evaluation = _next_evaluation(run)
-    with _asked_to_stop() as asked:
-        for batch in _batches(run):
-            _step(run, batch)
-            run.look_at_clock()
-            run.tell()
-            done = run.progress() >= 1.0
-            is_due = done or run.epoch >= next_evaluation
+    for batch in chain([None], _batches(run)):  # None: an evaluation that a stopped run still has to make
+        if batch is not None:
+            _update(run, batch, saver)
+        elif not _is_due(run):
+            continue
+        is_due, has_improved = _is_due(run), False
+        try:
             has_improved = is_due and _evaluate(run)
-            next_evaluation = _next_evaluation(run)
-            done = done or _is_stale(run)
-            stop = run.ranks.any(bool(asked))
-            if has_improved if _keeps_best(run) else is_due or stop:
-                _save_model(run)
-            if done or stop or run.state.elapsed_s - saved_s > run.config.checkpoint_interval_s:
-                _save(run)
-                saved_s = run.state.elapsed_s
-            if done or stop:
-                return not done
-    return False
+        except StopAsked:
+            is_due = False  # it is made when the run goes on
+        except SpoiltModelError as error:
+            _give_up(run, str(error), saver)
+        run.is_over = _is_over(run) and not _is_due(run)
+        stop = _is_asked_to_stop(run)
+        if has_improved if _keeps_best(run) else is_due or stop:
+            _save_model(run)
+        is_time = run.state.elapsed_s - saved_s > run.config.checkpoint_interval_s and not run.state.num_skipped_in_row
+        if run.is_over or stop or is_time or (has_improved and run.config.keep_best):
+            run.state.is_best = has_improved
+            _save(run, saver, at_once=run.is_over or stop)
+            saved_s = run.state.elapsed_s
+        if run.is_over or stop:
+            return
+    run.is_over = True
 
 
-@contextmanager
-def _asked_to_stop() -> Generator[list[int]]:
-    """Gather Ctrl-C instead of breaking an update in two; a second one breaks."""
-    asked: list[int] = []
+def _update(run: Run, batch: Batch, saver: Saver) -> None:
+    """Update once and say so; go back and stop where numbers stay none. Raises: TrainingError."""
+    is_good = step(run, batch)
+    run.look_at_clock()
+    saver.look(is_good=is_good)
+    if not is_good:
+        run.tell(f"step {run.state.step}: loss {run.loss:.4g}, gradient norm {run.grad_norm:.4g}: update skipped")
+    if run.state.num_skipped_in_row >= MAX_SKIPPED:
+        _give_up(run, diagnose(run, batch), saver)
+    run.tell()
 
-    def note(number: int, frame: object) -> None:  # noqa: ARG001 - the caller gives it
-        asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread hears signals
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _give_up(run: Run, why: str, saver: Saver) -> NoReturn:
+    """Go back to the last good checkpoint, leave its model, and stop. Raises: TrainingError."""
+    saver.wait()
+    newest, _ = checkpoint.find_newest(Path(run.config.out), keeps_average=run.state.ema is not None)
+    where = "There is no checkpoint from before."
+    if newest is not None:
+        checkpoint.load(newest, run.state)
+        _save_model(run)
+        where = f"{run.config.out} is back at the last good checkpoint, {newest.name}."
+    raise TrainingError(
+        f"{why}\n{where} Lower the peak rate (--peak-lr) or train in fp32, and begin anew (--overwrite)."
+    )
+
+
+def _is_asked_to_stop(run: Run) -> bool:
+    """Return whether any rank was asked to stop, and note on all of them by what."""
+    if not run.ranks.any(run.stop.asked is not None):
+        return False
+    is_urgent = run.ranks.any(run.stop.asked == signal.SIGTERM)
+    run.stop.asked = signal.SIGTERM if is_urgent else signal.SIGINT
+    return True
 
 
 def _batches(run: Run) -> Iterator[Batch]:
     """Yield what is left; of a run that has not begun a batch at least, however short its time."""
-    if run.state.step == 0 or (run.progress() < 1.0 and not _is_stale(run)):
+    if run.state.step == 0 or not _is_over(run):
         yield from run.loader.batches(run.state.step, run.num_steps)
 
 
-def _next_evaluation(run: Run) -> float:
-    """Return the epoch of the next evaluation; it follows from the step alone, so a resumed run has the same ones."""
-    interval = run.config.evaluation_interval_epochs
-    return (run.epoch // interval + 1) * interval
+def _is_over(run: Run) -> bool:
+    return run.progress() >= 1.0 or _is_stale(run)
 
 
-def _step(run: Run, batch: Batch) -> None:
-    """Update the weights once from this rank's share of one global batch."""
-    config, state = run.config, run.state
-    run.rate = _next_rate(run)
-    set_rate(state.optimizers, run.rate)
-    to_train_mode(run.network, config.freeze)
-    loss_sum = torch.zeros((), device=run.ranks.device)
-    micro_batches = list(batch.split(config.microbatch_size or len(batch)))
-    for micro in micro_batches:
-        with run.ranks.hold_gradients(run.model, hold=micro is not micro_batches[-1]):
-            loss = _loss(run, micro) * (len(micro) / len(batch))
-            loss.backward()
-        loss_sum += loss.detach()
-    grad_norm = nn.utils.clip_grad_norm_(run.network.parameters(), config.optimizer.max_grad_norm or float("inf"))
-    run.unread.append(Update(state.step, run.rate, run.ranks.sum(loss_sum) / run.ranks.size, grad_norm))
-    if run.ranks.device.type == "cpu" or len(run.unread) >= NUM_UNREAD:
-        _read_losses(run)
-    for optimizer in state.optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    if state.ema is not None:
-        state.ema.update(run.network, state.step)
-
-
-def _next_rate(run: Run) -> float:
-    """Return the rate of the next update. Where the clock ends the run, the warm-up hurries to end in time."""
-    config, state, progress = run.config.optimizer, run.state, run.progress()
-    hurry = 0.0 if run.config.max_time_s is None else progress / WARMUP_SHARE
-    if state.step <= config.warmup_steps and hurry <= 1:
-        state.warmup_share = progress
-    warmth = min(1.0, max((state.step + 1) / max(1, config.warmup_steps), hurry))
-    return learning_rate(config, warmth, (progress - state.warmup_share) / max(1e-9, 1 - state.warmup_share))
-
-
-def _loss(run: Run, micro: Batch) -> Tensor:
-    """Return the mean loss of one microbatch; every draw in it is keyed to the sample's place in the order."""
-    config, device = run.config, run.ranks.device
-    images = run.preprocessing.normalise(micro.images.to(device, non_blocking=True))
-    targets = soft_targets(micro.targets.to(device), config.model.num_classes, config.label_smoothing)
-    images, targets = mix(
-        images,
-        targets,
-        micro.positions,
-        seed=config.seed,
-        mixup_alpha=config.augment.mixup_alpha,
-        cutmix_alpha=config.augment.cutmix_alpha,
+def _is_due(run: Run) -> bool:
+    """Return whether an evaluation is to be made now; it follows from the steps alone, in a resumed run too."""
+    interval, evaluated = (
+        run.config.evaluation_interval_epochs,
+        run.state.history[-1]["step"] if run.state.history else 0,
     )
-    images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        logits = run.model(images, _depth_draws(run, micro))
-    return loss_of(config.loss, logits, targets)
-
-
-def _depth_draws(run: Run, micro: Batch) -> Tensor | None:
-    """Draw stochastic depth's uniform numbers, (B, branches), from each sample's place."""
-    if run.config.model.stochastic_depth_rate == 0:
-        return None
-    epochs, positions = micro.epochs.numpy(), micro.positions.numpy()
-    numbers = draws.uniforms(run.config.seed, "depth", epochs, positions, run.network.num_depth_draws)
-    return torch.from_numpy(numbers).float().to(run.ranks.device)
-
-
-def _read_losses(run: Run) -> None:
-    """Add the newest losses to the running mean, and stop a run whose loss or gradient is no number."""
-    for update in run.unread:
-        loss, norm = update.loss.item(), update.grad_norm.item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(
-                f"Step {update.step}: the loss is {loss:.4g} at rate {update.rate:.3g}, gradient norm {norm:.4g}. "
-                "Lower the peak rate (--peak-lr) or train in fp32, and begin anew (--overwrite)."
-            )
-        run.state.loss_sum += loss
-        run.state.num_losses += 1
-    run.unread.clear()
+    return run.state.step > evaluated and (
+        run.progress() >= 1.0 or run.epoch >= (run.epoch_of(evaluated) // interval + 1) * interval
+    )
 
 
 def _evaluate(run: Run) -> bool:
-    """Add a row to the history; return whether validation found more right than ever before."""
-    _read_losses(run)
+    """Add a row to the history; return whether validation found more right than ever before. Raises: StopAsked."""
     state, best_before = run.state, run.state.best_top1_percent
     row: dict[str, Any] = {
         "step": state.step,
         "epoch": round(run.epoch, 6),
-        "lr": run.rate,
-        "train_loss": state.loss_sum / state.num_losses,
+        "lr": run.state.rate,
+        "train_loss": state.loss_sum / state.num_losses if state.num_losses else math.nan,
     }
-    state.loss_sum, state.num_losses = 0.0, 0
     if run.data.val is not None:
         row |= _validate(run, run.data.val)
+    if state.num_skipped:
+        row["num_skipped"] = state.num_skipped
+    state.loss_sum, state.num_losses = 0.0, 0
     state.history.append(row)
     run.look_at_clock()
     if run.ranks.is_first:
-        run_folder.write_history(Path(run.config.out), state.history)
+        with _disk_may_fail(run, "metrics.jsonl"):
+            run_folder.write_history(Path(run.config.out), state.history)
         run.tell(_in_words(row))
     return state.best_top1_percent != best_before
 
@@ -282,13 +255,20 @@ def _evaluate(run: Run) -> bool:
 def _validate(run: Run, val: ImageSet) -> dict[str, float]:
     """Return what rank 0 finds on the pictures set apart, and note whether it is the best so far.
 
-    Raises: BadImageError, on every rank, if a file cannot be read and the config says to stop at one.
+    Raises, on every rank: BadImageError if a file cannot be read and the config says to stop at one; StopAsked if
+    rank 0 was asked to stop at once.
     """
-    state, figures, bad_images = run.state, (0.0, 0.0), dict[str, str]()
+    state, figures, bad_images, was_stopped = run.state, (0.0, 0.0), dict[str, str](), False
     if run.ranks.is_first:
-        outcome = run.look_at(run.classifier(), val)
-        summary, bad_images = summarise(outcome), outcome.bad_images
-        figures = (summary.loss, summary.top1_percent)
+        try:
+            outcome = run.look_at(run.classifier(), val)
+        except StopAsked:
+            was_stopped = True
+        else:
+            summary, bad_images = summarise(outcome), outcome.bad_images
+            figures = (summary.loss, summary.top1_percent)
+    if run.ranks.first_says(was_stopped):
+        raise StopAsked
     loss, top1 = (run.ranks.first_says(figure) for figure in figures)
     if run.ranks.first_says(len(bad_images)) and run.config.on_bad_image == "stop":
         raise BadImageError(next(iter(bad_images.values()), "A validation picture cannot be read, says rank 0."))
@@ -304,10 +284,19 @@ def _keeps_best(run: Run) -> bool:
 
 
 def _save_model(run: Run) -> None:
-    _read_losses(run)
     if run.ranks.is_first:
         extra = {"step": run.state.step, "recipe": run.config.recipe}
-        run.classifier().save(Path(run.config.out) / "model", extra=extra)
+        with _disk_may_fail(run, "the model"):
+            run.classifier().save(Path(run.config.out) / "model", extra=extra)
+
+
+@contextmanager
+def _disk_may_fail(run: Run, what: str) -> Generator[None]:
+    """Go on where a disk is full or fails: what was written before is whole."""
+    try:
+        yield
+    except DISK_ERRORS as error:
+        run.tell(could_not_write(what, Path(run.config.out), error))
 
 
 def _is_stale(run: Run) -> bool:
@@ -316,12 +305,10 @@ def _is_stale(run: Run) -> bool:
     return patience is not None and bool(history) and history[-1]["epoch"] - run.state.best_epoch >= patience
 
 
-def _save(run: Run) -> None:
-    _read_losses(run)
+def _save(run: Run, saver: Saver, *, at_once: bool) -> None:
     run.state.bad_images = run.ranks.union(run.loader.bad_images)
     if run.ranks.is_first:
-        checkpoint.save(Path(run.config.out), run.state)
-    run.ranks.wait()
+        saver.save(run.state, at_once=at_once)
 
 
 def _in_words(row: dict[str, Any]) -> str:

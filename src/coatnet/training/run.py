@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from coatnet.classifier import Classifier
 from coatnet.config import TrainConfig
@@ -16,7 +18,9 @@ from coatnet.data.transforms import Preprocessing
 from coatnet.evaluation.metrics import Outcome, evaluate
 from coatnet.model.network import CoAtNet
 from coatnet.ranks import Ranks
+from coatnet.training import run_folder
 from coatnet.training.checkpoint import State
+from coatnet.training.stop import StopRequest
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,6 @@ class Tick:
 Progress = Callable[[Tick], None]
 
 
-@dataclass(frozen=True)
-class Update:
-    """What is known of an update once its gradient is there; on an accelerator the tensors are looked at later."""
-
-    step: int
-    rate: float
-    loss: Tensor  # scalar, mean over the global batch
-    grad_norm: Tensor  # scalar
-
-
 @dataclass
 class Run:
     """A run under way: what was asked, what it works on, where it stands."""
@@ -57,9 +51,12 @@ class Run:
     model: nn.Module  # the network as it is called: compiled, wrapped for ranks
     loader: TrainLoader
     preprocessing: Preprocessing
+    stop: StopRequest
     listener: Progress | None  # hears what `tell` tells
-    rate: float = 0.0  # of the newest update
-    unread: list[Update] = field(default_factory=list[Update])  # not yet in the state's mean loss
+    microbatch_limit: int | None = None  # pictures at once, after memory ran out
+    loss: float = 0.0  # of the newest update, mean over the global batch
+    grad_norm: float = 0.0
+    is_over: bool = False  # done, not stopped
 
     def __post_init__(self) -> None:
         self._first_step, self._first_s = self.state.step, time.perf_counter()  # of this piece of the run
@@ -79,13 +76,33 @@ class Run:
     @property
     def epoch(self) -> float:
         """Passes over the training pictures done so far."""
-        return self.state.step * self.config.global_batch_size / len(self.data.train)
+        return self.epoch_of(self.state.step)
+
+    def epoch_of(self, step: int) -> float:
+        """Return the passes over the training pictures that so many updates are."""
+        return step * self.config.global_batch_size / len(self.data.train)
+
+    @property
+    def numbers_are_finite(self) -> bool:
+        """Whether the newest update's loss and gradient are numbers, on all ranks alike."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pictures are mixed in pairs, which stay together."""
+        return self.config.augment.mixup_alpha is not None or self.config.augment.cutmix_alpha is not None
+
+    @property
+    def microbatch_size(self) -> int:
+        """Pictures a rank holds at once."""
+        share = self.config.global_batch_size // self.ranks.size
+        sizes = (share, self.config.microbatch_size, self.microbatch_limit)
+        return min(size for size in sizes if size is not None)
 
     @property
     def evaluation_batch_size(self) -> int:
         """Pictures looked at together: twice what a rank holds in training, 256 at most."""
-        held = self.config.microbatch_size or self.config.global_batch_size // self.ranks.size
-        return min(256, 2 * held)
+        return min(256, 2 * self.microbatch_size)
 
     def look_at_clock(self) -> None:
         """Note the time spent, rank 0's on every rank; all ranks must look."""
@@ -111,11 +128,20 @@ class Run:
         )
 
     def look_at(self, classifier: Classifier, image_set: ImageSet) -> Outcome:
-        """Ask a classifier about every picture that can be read."""
+        """Ask a classifier about every picture that can be read. Raises: StopAsked."""
         classifier.optimize()
         return evaluate(
-            classifier, image_set, batch_size=self.evaluation_batch_size, num_workers=self.config.num_workers
+            classifier,
+            image_set,
+            batch_size=self.evaluation_batch_size,
+            num_workers=self.config.num_workers,
+            progress=lambda _done: self.stop.look(),
         )
+
+    def note_microbatch_size(self, size: int) -> None:
+        """Take so many pictures at once from now on, in this piece of the run and those to come."""
+        self.microbatch_limit = size
+        run_folder.write_microbatch_size(Path(self.config.out), size)
 
     def tell(self, message: str | None = None) -> None:
         """Report where the run stands, with an event in words or without."""
@@ -130,7 +156,7 @@ class Run:
                 num_steps=self.num_steps,
                 epoch=self.epoch,
                 loss=state.loss_sum / state.num_losses if state.num_losses else None,
-                learning_rate=self.rate,
+                learning_rate=self.state.rate,
                 images_per_s=num_images / max(1e-9, taken_s),
                 eta_s=state.elapsed_s * (1 - share) / share if share > 0 else 0.0,
                 message=message,
