@@ -23,7 +23,7 @@ FLOORS = (  # top to bottom; a room imports from lower floors or from itself
     ("zoo", "layout", "typed"),
     ("config",),
     ("record", "ranks", "native"),
-    ("files",),
+    ("files", "heartbeat"),
     ("errors",),
 )
 HEIGHT = {room: len(FLOORS) - number for number, floor in enumerate(FLOORS) for room in floor}

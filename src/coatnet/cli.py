@@ -107,6 +107,8 @@ class TrainFlags:
     """Compile the network with torch.compile: slower start, faster updates on a GPU."""
     activation_checkpointing: bool | None = None
     """Compute activations twice to hold fewer of them."""
+    sync_batch_norm: bool | None = None
+    """Take BatchNorm's statistics over all ranks, not each rank's own pictures."""
     device: str | None = None
     """cpu, cuda, cuda:0 or mps; absent, the best at hand."""
     workers: int | None = None

@@ -313,6 +313,7 @@ class TrainConfig(Config):
     precision: FloatPrecision = "fp32"
     compile: bool = False
     activation_checkpointing: bool = False
+    sync_batch_norm: bool = False  # statistics over all ranks' pictures, not each rank's own
     device: str = "cpu"
     num_workers: int = 0
     on_bad_image: Literal["skip", "stop"] = "skip"

@@ -40,6 +40,10 @@ class TrainingError(CoatnetError):
     """A training run that cannot start or go on: the loss is not finite, or the run folder holds something else."""
 
 
+class LostRankError(CoatnetError):
+    """Another process of the group is gone in the middle of the work."""
+
+
 def name_hint(met: str, known: Iterable[str]) -> str:
     """Return "Did you mean 'x'?" for the known name nearest to what was met, or what there is where none is near."""
     known = list(known)

@@ -9,6 +9,7 @@ on the CPU, so that no accelerator waits for one.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from coatnet.errors import ConfigError
+from coatnet.errors import ConfigError, LostRankError
+from coatnet.heartbeat import Heartbeat
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(value)
         return value
+
+    def sum_with_gradient(self, value: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks; its gradient is summed over them too."""
+        return value if self.size == 1 else _Sum.apply(value)
 
     def any(self, flag: bool) -> bool:
         """Return whether any rank says so; all ranks must ask."""
@@ -82,6 +90,20 @@ class Ranks:
         return nullcontext()
 
 
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, value: Tensor) -> Tensor:  # noqa: ARG004 - autograd gives it
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, slope: Tensor) -> Tensor:  # noqa: ARG004  # pyright: ignore[reportIncompatibleMethodOverride]
+        total = slope.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
 def is_first_rank() -> bool:
     """Return whether this process speaks to the user, before any group is joined."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -123,8 +145,28 @@ def join(device: str) -> Generator[Ranks]:
     if found.type == "cuda":
         found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(found)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
+    )
+    heartbeat = _begin_heartbeat(rank, size)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), found)
+        yield Ranks(rank, size, found)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise LostRankError(
+            f"Rank {rank} lost another in an exchange ({str(error).splitlines()[0]}). torchrun --max-restarts starts "
+            "the group again, which then goes on from the newest checkpoint."
+        ) from error
     finally:
+        heartbeat.leave()
         dist.destroy_process_group()
+
+
+def _begin_heartbeat(rank: int, size: int) -> Heartbeat:
+    """Begin to listen for the others, over a connection of its own: the group's may be waiting for an answer."""
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    token = torch.tensor(time.time_ns())  # else the beats of a group that is gone would be heard
+    dist.broadcast(token, 0)
+    return Heartbeat(store, rank, size, f"coatnet/heartbeat/{token.item()}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from coatnet.errors import ConfigError
 from coatnet.ranks import Ranks
 from coatnet.training import loop
 from coatnet.training.loop import train
+from training.process import finish
 from training.tiny import AUGMENT, NO_BATCH_NORM, config_of, history_of, write_pictures
 
 TESTS = Path(__file__).parents[1]
@@ -92,6 +94,40 @@ def _that_matter(name: str, values: torch.Tensor) -> torch.Tensor:
         return values
     query, _key, value = values.chunk(3)
     return torch.cat([query, value])
+
+
+def ranks_end_close(found: Path, want: Path) -> None:
+    for mine, theirs in zip(history_of(found), history_of(want), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4, abs=1e-5)
+    mine, theirs = (load_file(run / "model" / "model.safetensors") for run in (found, want))
+    for name, tensor in theirs.items():
+        pair = (_that_matter(name, values) for values in (mine[name], tensor))
+        torch.testing.assert_close(*pair, rtol=2e-3, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_run_moves_between_world_sizes(workers: int, tmp_path: Path):
+    """With statistics of all ranks, one rank, then two, then four, go through the same updates as one alone."""
+    data = write_pictures(tmp_path / "pictures")
+    flags = [
+        "--model", "coatnet_pico", "--batch-size", "16", "--epochs", "4", "--device", "cpu", "--precision", "fp32",
+        "--sync-batch-norm", "--mixup", "0.8", "--stochastic-depth", "0.2", "--checkpoint-every", "0.001s",
+        "--workers", str(workers), "--seed", "3", "--keep-last", "100",
+    ]  # fmt: skip
+    words = ["-m", "coatnet", "train", str(data)]
+    alone = finish([sys.executable, *words, "--out", str(tmp_path / "alone"), *flags])
+    assert alone.returncode == 0, alone.stderr
+    run = tmp_path / "run"
+    shutil.copytree(tmp_path / "alone", run)
+    for size, step in ((2, 4), (4, 9)):  # go back to an earlier moment of the run and on from there with more ranks
+        for folder in (run / "checkpoints").iterdir():
+            if int(folder.name[5:]) > step:
+                shutil.rmtree(folder)
+        torchrun_of = [*TORCHRUN[:-1], str(size)]
+        done = finish([*torchrun_of, *words, "--out", str(run), *flags, "--resume"])
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"resumed from step-{step:08d}" in done.stdout
+    ranks_end_close(run, tmp_path / "alone")
 
 
 def test_the_command_runs_under_torchrun(tmp_path: Path):

@@ -29,6 +29,7 @@ from coatnet.training.run import Progress, Run
 from coatnet.training.saver import DISK_ERRORS, Saver, could_not_write
 from coatnet.training.start import build, freeze, initialise
 from coatnet.training.stop import StopAsked, StopRequest, listening
+from coatnet.training.synced_norm import synchronise
 from coatnet.training.update import MAX_SKIPPED, step
 
 
@@ -66,6 +67,8 @@ def _set_up(config: TrainConfig, ranks: Ranks, stop: StopRequest, resumes: bool,
         notes += initialise(network, Path(config.init), data.class_names)
     network.to(device=ranks.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     network.activation_checkpointing = config.activation_checkpointing
+    if config.sync_batch_norm:
+        synchronise(network, ranks)
     if config.freeze:
         freeze(network, config.freeze)
     ema = Ema(network, config.ema_decay) if config.ema_decay is not None else None
