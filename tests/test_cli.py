@@ -230,6 +230,23 @@ def test_overwrite_and_resume_by_name(pictures: Path, say):
     assert "was trained on" in say("train", "elsewhere", "--resume", "--out", "runs/pictures").err
 
 
+@pytest.mark.usefixtures("workplace")
+def test_a_run_is_done_again_and_compared(pictures: Path, say):
+    quick = ("--model", "coatnet_pico", "--epochs", 1, "--batch-size", 12, "--mixup", 0.8, "--device", "cpu")
+    assert say("train", pictures, "--out", "first", *quick).status == 0
+    said = say("train", "--reproduce", "first")
+    assert said.status == 0, said.err
+    assert "first-again equals first, bit for bit: checkpoints/step-" in said.out
+    row = Path("first/metrics.jsonl")
+    row.write_text(row.read_text().replace("train_loss", "train_lost"))
+    said = say("train", "--reproduce", "first", "--out", "second")
+    assert said.status == 1
+    assert "second came out otherwise than first: metrics.jsonl." in said.err
+    assert say("train", "--reproduce", "first", "--seed", 3).status == 2
+    assert say("train", pictures, "--out", "timed", *quick, "--max-time", "1s").status == 0
+    assert "ended by the clock" in say("train", "--reproduce", "timed").err
+
+
 def test_holdout_of_zero_trains_on_everything(pictures: Path, tmp_path: Path, say):
     quick = ("--model", "coatnet_pico", "--epochs", 0.2, "--batch-size", 12, "--holdout", 0)
     said = say("train", pictures, "--out", tmp_path / "run", *quick)

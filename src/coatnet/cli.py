@@ -168,6 +168,7 @@ def train(
     out: Path | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
+    reproduce: Path | None = None,
     flags: Annotated[TrainFlags, Parameter(name="*")] = TrainFlags(),
     json: Json = False,
 ) -> int:
@@ -185,13 +186,20 @@ def train(
         Go on with the run in --out, or with the newest one below runs/; where there is none yet, begin it.
     overwrite: bool
         Replace the run that is there.
+    reproduce: Path
+        Do this run again, with its settings, and hold the outcome to it, bit for bit.
     """
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other. Give one.")
     from coatnet.ranks import is_first_rank
-    from coatnet.training.command import train_from_flags
+    from coatnet.training.command import reproduce_run, train_from_flags
 
-    result = train_from_flags(data, out, resume=resume, overwrite=overwrite, given=flags.settings(), quiet=json)
+    if reproduce is None:
+        result = train_from_flags(data, out, resume=resume, overwrite=overwrite, given=flags.settings(), quiet=json)
+    elif data is None and not (resume or overwrite or flags.given()):
+        result = reproduce_run(reproduce, out, quiet=json)
+    else:
+        raise ConfigError("--reproduce takes everything from the run but --out. Leave the rest away.")
     if json and is_first_rank():
         print_json(_result_figures(result))
     return STOPPED if result.stopped_by == signal.SIGINT else 0  # SIGTERM was obeyed: nothing failed

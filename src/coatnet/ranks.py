@@ -109,6 +109,11 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def num_ranks() -> int:
+    """Return how many processes the group has, before it is joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def was_restarted() -> bool:
     """Return whether torchrun or Slurm started this very command before, and it did not end well."""
     return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
@@ -138,8 +143,7 @@ def find_device(name: str) -> torch.device:
 def join(device: str) -> Generator[Ranks]:
     """Join the group that torchrun started, or be alone; leave it at the end."""
     found = find_device(device)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if num_ranks() == 1:
         yield Ranks(0, 1, found)
         return
     if found.type == "cuda":

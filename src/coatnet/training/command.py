@@ -17,6 +17,7 @@ from coatnet.training.choices import choose_config, differing
 from coatnet.training.finish import Result, in_words
 from coatnet.training.loop import train
 from coatnet.training.progress import Shown
+from coatnet.training.reproduce import reproduce
 
 RUNS = Path("runs")
 
@@ -25,9 +26,7 @@ def train_from_flags(
     data: str | None, out: Path | None, *, resume: bool, overwrite: bool, given: dict[str, Any], quiet: bool
 ) -> Result:
     """Train as the command line says; `given` holds settings by the config's names. Raises: as `train`."""
-    console = Console(
-        stderr=quiet, quiet=not is_first_rank(), soft_wrap=True, highlight=False, markup=False, emoji=False
-    )
+    console = _console(quiet)
     run = _to_go_on_with(data, out, resume or was_restarted())
     if run is not None:
         config = _resumed(run, data, given)
@@ -43,6 +42,20 @@ def train_from_flags(
         result = train(config, start=start, progress=shown)
     _close(console, result)
     return result
+
+
+def reproduce_run(run: Path, out: Path | None, *, quiet: bool) -> Result:
+    """Do a run again and say whether it came out alike. Raises: as `reproduce`."""
+    console = _console(quiet)
+    console.print(f"doing {run} again")
+    with Shown(console) as shown:
+        result = reproduce(run, out, console, shown)
+    _close(console, result)
+    return result
+
+
+def _console(quiet: bool) -> Console:
+    return Console(stderr=quiet, quiet=not is_first_rank(), soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def _to_go_on_with(data: str | None, out: Path | None, resume: bool) -> Path | None:
