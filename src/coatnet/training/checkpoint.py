@@ -1,7 +1,8 @@
 """Checkpoints: folders written aside and renamed, checked before use. Nothing in them is code.
 
 RUN/checkpoints/step-00001200/ holds network, optimizer and average as safetensors, `state.json` for the numbers, and
-a manifest with every file's SHA-256. A damaged checkpoint is passed over for the one before it.
+a manifest with every file's SHA-256. A damaged checkpoint is passed over for the one before it. Where the network is
+divided over ranks, `shards/` (sharded.py) stands in the place of the safetensors files.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from coatnet.errors import ModelFileError
 from coatnet.files import new_folder, read_json, verify_folder, write_json
+from coatnet.ranks import Ranks
+from coatnet.training import sharded
 from coatnet.training.ema import Ema
 
 NUM_KEPT = 2
@@ -59,11 +62,31 @@ def save(run: Path, state: State) -> Path:
         if state.ema is not None:
             save_file(_whole(state.ema.network.state_dict()), aside / AVERAGE)
         write_json(aside / NUMBERS, state.numbers())
-    others = _newest_first(run)
+    _clear_around(folder)
+    return folder
+
+
+def save_shards(run: Path, state: State, ranks: Ranks) -> Path:
+    """Write a checkpoint to which every rank adds what it holds; all ranks must call.
+
+    Raises: OSError, on every rank, if one of them cannot write.
+    """
+    folder = run / "checkpoints" / f"step-{state.step:08d}"
+    with sharded.shared_folder(folder, ranks) as aside:
+        sharded.write(aside, _networks(state), _moments(state), ranks)
+        if ranks.is_first:
+            write_json(aside / NUMBERS, state.numbers())
+    if ranks.is_first:
+        _clear_around(folder)
+    return folder
+
+
+def _clear_around(folder: Path) -> None:
+    """Remove all checkpoints but the newest few, and those of a future that was given up."""
+    others = _newest_first(folder.parents[1])
     here = others.index(folder)
     for old in [*others[:here], *others[here + NUM_KEPT :], *folder.parent.glob(".step-*")]:  # .step-*: half written
         shutil.rmtree(old)
-    return folder
 
 
 def find_newest(run: Path, *, keeps_average: bool = False) -> tuple[Path | None, list[str]]:
@@ -72,7 +95,10 @@ def find_newest(run: Path, *, keeps_average: bool = False) -> tuple[Path | None,
     damage: list[str] = []
     for folder in _newest_first(run):
         try:
-            verify_folder(folder, needed)
+            if sharded.is_sharded(folder):
+                sharded.verify(folder, (NUMBERS,), parts=("network", *(["average"] if keeps_average else [])))
+            else:
+                verify_folder(folder, needed)
         except ModelFileError as error:
             damage.append(str(error))
         else:
@@ -82,13 +108,20 @@ def find_newest(run: Path, *, keeps_average: bool = False) -> tuple[Path | None,
 
 def load(folder: Path, state: State) -> None:
     """Fill `state` from a good checkpoint."""
+    if sharded.is_sharded(folder):
+        sharded.read(folder, _networks(state), _moments(state))
+    else:
+        _load_files(folder, state)
+    numbers = read_json(folder / NUMBERS)
+    for name in _NUMBERS:
+        setattr(state, name, numbers[name])
+
+
+def _load_files(folder: Path, state: State) -> None:
     state.network.load_state_dict(load_file(folder / NETWORK))
     if state.ema is not None:
         state.ema.network.load_state_dict(load_file(folder / AVERAGE))
     _load_optimizer(load_file(folder / OPTIMIZER), state)
-    numbers = read_json(folder / NUMBERS)
-    for name in _NUMBERS:
-        setattr(state, name, numbers[name])
 
 
 def _newest_first(run: Path) -> list[Path]:
@@ -116,6 +149,10 @@ def _load_optimizer(tensors: dict[str, Tensor], state: State) -> None:
         # Same place as the parameter and, what has its shape, the same memory layout.
         like = parameter if tensor.shape == parameter.shape else tensor
         place[kind] = torch.empty_like(like, dtype=tensor.dtype, device=parameter.device).copy_(tensor)
+
+
+def _networks(state: State) -> dict[str, nn.Module]:
+    return {"network": state.network} | ({} if state.ema is None else {"average": state.ema.network})
 
 
 def _moments(state: State) -> dict[str, tuple[nn.Parameter, dict[str, Tensor]]]:

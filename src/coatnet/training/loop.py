@@ -22,6 +22,7 @@ from coatnet.data.transforms import Augmentation, Preprocessing
 from coatnet.errors import BadImageError, ConfigError, TrainingError
 from coatnet.evaluation.metrics import summarise
 from coatnet.fast.training import for_training
+from coatnet.model.network import CoAtNet
 from coatnet.ranks import Ranks, join
 from coatnet.training import checkpoint, run_folder
 from coatnet.training.ema import Ema
@@ -63,11 +64,12 @@ def _set_up(config: TrainConfig, ranks: Ranks, resumes: bool, progress: Progress
     network = build(config.model, config.seed)
     if config.init and found is None:
         notes += initialise(network, Path(config.init), data.class_names)
-    network.to(device=ranks.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     network.activation_checkpointing = config.activation_checkpointing
     if config.freeze:
         freeze(network, config.freeze)
     ema = Ema(network, config.ema_decay) if config.ema_decay is not None else None
+    for each in [network] if ema is None else [network, ema.network]:
+        _place(each, config, ranks)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     state = checkpoint.State(network, make_optimizers(network, config.optimizer, dtype), ema)
     if found is not None:
@@ -90,7 +92,7 @@ def _set_up(config: TrainConfig, ranks: Ranks, resumes: bool, progress: Progress
         ranks=ranks,
         data=data,
         state=state,
-        model=ranks.wrap(torch.compile(network) if config.compile else for_training(network)),  # pyright: ignore[reportArgumentType]
+        model=_as_called(network, config, ranks),
         loader=loader,
         preprocessing=Preprocessing(config.preprocessing),
         listener=progress if ranks.is_first else None,
@@ -98,6 +100,25 @@ def _set_up(config: TrainConfig, ranks: Ranks, resumes: bool, progress: Progress
     for note in notes:
         run.tell(note)
     return run
+
+
+def _place(network: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
+    """Bring a network to this rank's device, whole or, where the config says so, this rank's rows of it."""
+    assert isinstance(network, CoAtNet)
+    if config.shard:
+        ranks.shard(network, [network.s0, *network.blocks])
+    else:
+        network.to(device=ranks.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def _as_called(network: CoAtNet, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """Return a placed network as an update calls it: compiled or with fused blocks, its gradients averaged over ranks.
+
+    Where it is divided over ranks it is that already, and its blocks are the readable ones: the fused keep weights.
+    """
+    if config.shard:
+        return network
+    return ranks.wrap(torch.compile(network) if config.compile else for_training(network))  # pyright: ignore[reportArgumentType]
 
 
 def _check_fits(config: TrainConfig, data: DataSet, ranks: Ranks) -> None:
@@ -195,7 +216,8 @@ def _step(run: Run, batch: Batch) -> None:
             loss.backward()
         loss_sum += loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(run.network.parameters(), config.optimizer.max_grad_norm or float("inf"))
-    run.unread.append(Update(state.step, run.rate, run.ranks.sum(loss_sum) / run.ranks.size, grad_norm))
+    loss = run.ranks.sum(loss_sum) / run.ranks.size
+    run.unread.append(Update(state.step, run.rate, loss, run.ranks.whole(grad_norm)))
     if run.ranks.device.type == "cpu" or len(run.unread) >= NUM_UNREAD:
         _read_losses(run)
     for optimizer in state.optimizers:
@@ -230,7 +252,8 @@ def _loss(run: Run, micro: Batch) -> Tensor:
         cutmix_alpha=config.augment.cutmix_alpha,
     )
     images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    is_bf16, keeps_casts = config.precision == "bf16", not config.shard  # kept casts would be a whole network of them
+    with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16, cache_enabled=keeps_casts):
         logits = run.model(images, _depth_draws(run, micro))
     return loss_of(config.loss, logits, targets)
 
@@ -285,8 +308,9 @@ def _validate(run: Run, val: ImageSet) -> dict[str, float]:
     Raises: BadImageError, on every rank, if a file cannot be read and the config says to stop at one.
     """
     state, figures, bad_images = run.state, (0.0, 0.0), dict[str, str]()
-    if run.ranks.is_first:
-        outcome = run.look_at(run.classifier(), val)
+    classifier = run.classifier()
+    if classifier is not None:
+        outcome = run.look_at(classifier, val)
         summary, bad_images = summarise(outcome), outcome.bad_images
         figures = (summary.loss, summary.top1_percent)
     loss, top1 = (run.ranks.first_says(figure) for figure in figures)
@@ -305,9 +329,10 @@ def _keeps_best(run: Run) -> bool:
 
 def _save_model(run: Run) -> None:
     _read_losses(run)
-    if run.ranks.is_first:
+    classifier = run.classifier()
+    if classifier is not None:
         extra = {"step": run.state.step, "recipe": run.config.recipe}
-        run.classifier().save(Path(run.config.out) / "model", extra=extra)
+        classifier.save(Path(run.config.out) / "model", extra=extra)
 
 
 def _is_stale(run: Run) -> bool:
@@ -319,7 +344,9 @@ def _is_stale(run: Run) -> bool:
 def _save(run: Run) -> None:
     _read_losses(run)
     run.state.bad_images = run.ranks.union(run.loader.bad_images)
-    if run.ranks.is_first:
+    if run.config.shard:
+        checkpoint.save_shards(Path(run.config.out), run.state, run.ranks)
+    elif run.ranks.is_first:
         checkpoint.save(Path(run.config.out), run.state)
     run.ranks.wait()
 
