@@ -102,6 +102,8 @@ def _tensors(networks: Networks, moments: Moments) -> dict[str, Tensor]:
 
 def _make_moments(stored: Mapping[str, Stored], moments: Moments) -> None:
     """Give optimizers the tensors that the files hold for them, which they make themselves only in their first step."""
+    for _, kinds in moments.values():
+        kinds.clear()  # what came after the checkpoint is not of its moment
     for key, item in stored.items():
         kind, _, name = key.partition("/")
         if name not in moments or kind in _OF_NETWORKS:
