@@ -105,6 +105,8 @@ class TrainFlags:
     """Of the computation; weights are kept in fp32."""
     compile: bool | None = None
     """Compile the network with torch.compile: slower start, faster updates on a GPU."""
+    shard: bool | None = None
+    """Divide the network over the processes of torchrun, for one that does not fit into each."""
     activation_checkpointing: bool | None = None
     """Compute activations twice to hold fewer of them."""
     sync_batch_norm: bool | None = None

@@ -312,6 +312,7 @@ class TrainConfig(Config):
     freeze: Literal["S0", "S1", "S2", "S3", "S4"] | None = None  # keep everything up to this stage as it is
     precision: FloatPrecision = "fp32"
     compile: bool = False
+    shard: bool = False  # divide weights, gradients and the optimizer's tensors over the ranks (FSDP)
     activation_checkpointing: bool = False
     sync_batch_norm: bool = False  # statistics over all ranks' pictures, not each rank's own
     device: str = "cpu"
@@ -328,6 +329,12 @@ class TrainConfig(Config):
             "checkpoint_interval_s", "evaluation_interval_epochs", "keep_last", "keep_every",
         ):  # fmt: skip
             _check_positive(name, getattr(self, name))
+        _check(
+            not (self.shard and self.optimizer.method == "muon"),
+            "shard is on and the optimizer is Muon, which needs whole matrices where sharding leaves a rank some rows",
+            "Take a recipe with AdamW, like small_scratch, or do not shard",
+        )
+        _check(not (self.shard and self.compile), "shard and compile are both on", "Choose one of them")
         _check(self.num_workers >= 0, f"num_workers is {self.num_workers}", "It must be 0 or more")
         _check(0 <= self.seed < 2**63, f"seed is {self.seed}", "It must be 0 or more")
         if self.holdout_percent is not None:

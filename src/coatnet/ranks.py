@@ -1,18 +1,20 @@
 """This process among others. The only room that knows torch.distributed; alone, every call is a plain one.
 
 Under `torchrun` the group is joined from its environment: NCCL for tensors on CUDA, gloo for those on the CPU.
-Gradients are averaged over ranks by DDP. BatchNorm takes its statistics from each rank's own share, and rank 0's
-running statistics are kept. Weights are not sent again after the start, so ranks must compute alike. Decisions travel
-on the CPU, so that no accelerator waits for one.
+Gradients are averaged over ranks, by DDP or, where the network is divided over them, by FSDP. BatchNorm takes its
+statistics from each rank's own share, and rank 0's running statistics are kept. Weights are not sent again after the
+start, so ranks must compute alike. Decisions travel on the CPU, so that no accelerator waits for one.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator
+import warnings
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +75,18 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
 
+    @contextmanager
+    def all_or_none(self) -> Generator[None]:
+        """Have an OSError of one rank raised on every rank, so that none waits for one that gave up; all must enter."""
+        error: OSError | None = None
+        try:
+            yield
+        except OSError as caught:
+            error = caught
+        met = self.union({} if error is None else {f"rank {self.rank}": str(error)})
+        if met:
+            raise error or OSError("; ".join(f"{rank}: {text}" for rank, text in met.items()))
+
     def wrap(self, network: nn.Module) -> nn.Module:
         """Have the gradients of a network averaged over ranks; it must have its start weights already."""
         if self.size == 1:
@@ -83,8 +97,59 @@ class Ranks:
         wrapped.broadcast_buffers = False  # the argument's name differs between versions of torch, this one does not
         return wrapped
 
+    def shard(self, network: nn.Module, parts: Iterable[nn.Module]) -> None:
+        """Divide a network over the ranks, in place, and average its gradients; it must have its start weights already.
+
+        A rank keeps some rows of every weight, of its gradient and of what its optimizer keeps, and gathers the rest of
+        a part while it computes with it. Buffers stay whole. Afterwards parameters are other objects than before.
+        """
+        network.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        if self.size == 1:
+            network.to(self.device)
+            return
+        from torch.distributed.device_mesh import init_device_mesh  # loads for a second, hence here
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for part in (*parts, network):
+            fully_shard(part, mesh=mesh)
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Return a tensor that may lie in rows over the ranks, whole on each; all ranks must ask."""
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore
+
+    def gather(self, network: nn.Module) -> dict[str, Tensor]:
+        """Give rank 0 a divided network's whole state, on the CPU, and the others nothing; all ranks must ask."""
+        state: dict[str, Tensor] = {}
+        for name, tensor in network.state_dict().items():  # one after the other: the other ranks hold one at a time
+            found = self.whole(tensor)
+            if self.is_first:
+                state[name] = found.cpu()
+        return state
+
+    def write_shards(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Write what this rank holds of the tensors, "part/name" each, a safetensors file a part; all ranks must write.
+
+        Of a tensor that every rank has whole, rank 0's is written. Raises: what the lowest rank that failed met, on
+        every rank.
+        """
+        from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        parts = sorted({name.partition("/")[0] for name in tensors})
+        # A file is put together in memory, so each holds one part, not all.
+        files = {name: 1 + parts.index(name.partition("/")[0]) for name in tensors}
+        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+        planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+        with _as_files_fail():
+            save(dict(tensors), storage_writer=writer, planner=planner, no_dist=self.size == 1)
+
     def hold_gradients(self, network: nn.Module, hold: bool) -> AbstractContextManager[None]:
-        """Keep gradients local while `hold`: all but the last microbatch of an update need no exchange."""
+        """Keep gradients local while `hold`: all but the last microbatch of an update need no exchange.
+
+        A divided network exchanges them after each one, since what is held would be whole gradients.
+        """
         if hold and isinstance(network, DistributedDataParallel):
             return network.no_sync()
         return nullcontext()
@@ -102,6 +167,55 @@ class _Sum(torch.autograd.Function):
         total = slope.contiguous().clone()
         dist.all_reduce(total)
         return total
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a folder of shards, in pieces."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (first index, shape) of each
+
+
+def stored_shards(folder: Path) -> dict[str, Stored]:
+    """Return what the headers of a folder's safetensors files tell. Raises: whatever reading odd headers raises."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {
+        name: Stored(
+            tuple(item.size),
+            item.properties.dtype,
+            tuple((tuple(piece.offsets), tuple(piece.sizes)) for piece in item.chunks),
+        )
+        for name, item in found.items()
+        if isinstance(item, TensorStorageMetadata)
+    }
+
+
+def read_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill tensors, whole or divided, with what any number of ranks wrote; each rank reads what it needs."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with _as_files_fail():
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+@contextmanager
+def _as_files_fail() -> Generator[None]:
+    """Raise what a rank met rather than torch's report of it, and do not warn that one process is alone."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+            yield
+    except CheckpointException as error:
+        cause, _ = error.failures[min(error.failures)]
+        raise cause from None
 
 
 def is_first_rank() -> bool:
@@ -156,6 +270,7 @@ def join(device: str) -> Generator[Ranks]:
     heartbeat = _begin_heartbeat(rank, size)
     try:
         yield Ranks(rank, size, found)
+        dist.barrier()  # nobody leaves while others may still ask for something
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise

@@ -1,7 +1,8 @@
 """Checkpoints: what of a run they hold, which are good, which are kept. Nothing in them is code.
 
 RUN/checkpoints/step-00001200/ holds network, optimizer and average as safetensors, `state.json` for the numbers, and
-a manifest with every file's SHA-256. A damaged checkpoint is passed over for the one before it.
+a manifest with every file's SHA-256. A damaged checkpoint is passed over for the one before it. Where the network is
+divided over ranks, `shards/` (sharded.py) stands in the place of the safetensors files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from coatnet.errors import ModelFileError
-from coatnet.files import new_folder, read_json, recover, verify_folder, write_atomic
+from coatnet.files import new_folder, read_json, recover, verify_folder, write_atomic, write_json
+from coatnet.ranks import Ranks
+from coatnet.training import sharded
 from coatnet.training.ema import Ema
 
 NETWORK, OPTIMIZER, AVERAGE = "network.safetensors", "optimizer.safetensors", "ema.safetensors"
@@ -105,6 +108,21 @@ def write(run: Path, snapshot: Snapshot, retention: Retention) -> Path:
     return folder
 
 
+def save_shards(run: Path, state: State, ranks: Ranks, retention: Retention = Retention()) -> Path:
+    """Write a checkpoint to which every rank adds what it holds; all ranks must call.
+
+    Raises: OSError, on every rank, if one of them cannot write.
+    """
+    folder = run / "checkpoints" / f"step-{state.step:08d}"
+    with sharded.shared_folder(folder, ranks) as aside:
+        sharded.write(aside, _networks(state), _moments(state), ranks)
+        if ranks.is_first:
+            write_json(aside / NUMBERS, state.numbers())
+    if ranks.is_first:
+        _tidy(folder, retention)
+    return folder
+
+
 def save(run: Path, state: State, retention: Retention = Retention()) -> Path:
     """Write a checkpoint of this moment, all of it before going on."""
     return write(run, take(state), retention)
@@ -139,7 +157,10 @@ def find_newest(run: Path, *, keeps_average: bool = False) -> tuple[Path | None,
     recover(run / "checkpoints", "step-*")
     for folder in _newest_first(run):
         try:
-            verify_folder(folder, needed)
+            if sharded.is_sharded(folder):
+                sharded.verify(folder, (NUMBERS,), parts=("network", *(["average"] if keeps_average else [])))
+            else:
+                verify_folder(folder, needed)
         except ModelFileError as error:
             damage.append(str(error))
         else:
@@ -149,13 +170,20 @@ def find_newest(run: Path, *, keeps_average: bool = False) -> tuple[Path | None,
 
 def load(folder: Path, state: State) -> None:
     """Fill `state` from a good checkpoint."""
+    if sharded.is_sharded(folder):
+        sharded.read(folder, _networks(state), _moments(state))
+    else:
+        _load_files(folder, state)
+    numbers = read_json(folder / NUMBERS)
+    for name in _NUMBERS:
+        setattr(state, name, numbers[name])
+
+
+def _load_files(folder: Path, state: State) -> None:
     state.network.load_state_dict(load_file(folder / NETWORK))
     if state.ema is not None:
         state.ema.network.load_state_dict(load_file(folder / AVERAGE))
     _load_optimizer(load_file(folder / OPTIMIZER), state)
-    numbers = read_json(folder / NUMBERS)
-    for name in _NUMBERS:
-        setattr(state, name, numbers[name])
 
 
 def _newest_first(run: Path) -> list[Path]:
@@ -179,6 +207,10 @@ def _load_optimizer(tensors: dict[str, Tensor], state: State) -> None:
         # Same place as the parameter and, what has its shape, the same memory layout.
         like = parameter if tensor.shape == parameter.shape else tensor
         place[kind] = torch.empty_like(like, dtype=tensor.dtype, device=parameter.device).copy_(tensor)
+
+
+def _networks(state: State) -> dict[str, nn.Module]:
+    return {"network": state.network} | ({} if state.ema is None else {"average": state.ema.network})
 
 
 def _moments(state: State) -> dict[str, tuple[nn.Parameter, dict[str, Tensor]]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from coatnet.config import TrainConfig
 from coatnet.data.loader import Batch, TrainLoader
@@ -19,6 +20,7 @@ from coatnet.data.transforms import Augmentation, Preprocessing
 from coatnet.errors import BadImageError, ConfigError, SpoiltModelError, TrainingError
 from coatnet.evaluation.metrics import summarise
 from coatnet.fast.training import for_training
+from coatnet.model.network import CoAtNet
 from coatnet.ranks import Ranks, join
 from coatnet.training import checkpoint, run_folder
 from coatnet.training.diagnosis import diagnose
@@ -65,13 +67,14 @@ def _set_up(config: TrainConfig, ranks: Ranks, stop: StopRequest, resumes: bool,
     network = build(config.model, config.seed)
     if config.init and found is None:
         notes += initialise(network, Path(config.init), data.class_names)
-    network.to(device=ranks.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     network.activation_checkpointing = config.activation_checkpointing
     if config.sync_batch_norm:
         synchronise(network, ranks)
     if config.freeze:
         freeze(network, config.freeze)
     ema = Ema(network, config.ema_decay) if config.ema_decay is not None else None
+    for each in [network] if ema is None else [network, ema.network]:
+        _place(each, config, ranks)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     state = checkpoint.State(network, make_optimizers(network, config.optimizer, dtype), ema)
     if found is not None:
@@ -94,7 +97,7 @@ def _set_up(config: TrainConfig, ranks: Ranks, stop: StopRequest, resumes: bool,
         ranks=ranks,
         data=data,
         state=state,
-        model=ranks.wrap(torch.compile(network) if config.compile else for_training(network)),  # pyright: ignore[reportArgumentType]
+        model=_as_called(network, config, ranks),
         loader=loader,
         preprocessing=Preprocessing(config.preprocessing),
         stop=stop,
@@ -104,6 +107,25 @@ def _set_up(config: TrainConfig, ranks: Ranks, stop: StopRequest, resumes: bool,
     for note in notes:
         run.tell(note)
     return run
+
+
+def _place(network: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
+    """Bring a network to this rank's device, whole or, where the config says so, this rank's rows of it."""
+    assert isinstance(network, CoAtNet)
+    if config.shard:
+        ranks.shard(network, [network.s0, *network.blocks])
+    else:
+        network.to(device=ranks.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def _as_called(network: CoAtNet, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """Return a placed network as an update calls it: compiled or with fused blocks, its gradients averaged over ranks.
+
+    Where it is divided over ranks it is that already, and its blocks are the readable ones: the fused keep weights.
+    """
+    if config.shard:
+        return network
+    return ranks.wrap(torch.compile(network) if config.compile else for_training(network))  # pyright: ignore[reportArgumentType]
 
 
 def _check_fits(config: TrainConfig, data: DataSet, ranks: Ranks) -> None:
@@ -262,9 +284,10 @@ def _validate(run: Run, val: ImageSet) -> dict[str, float]:
     rank 0 was asked to stop at once.
     """
     state, figures, bad_images, was_stopped = run.state, (0.0, 0.0), dict[str, str](), False
-    if run.ranks.is_first:
+    classifier = run.classifier()
+    if classifier is not None:
         try:
-            outcome = run.look_at(run.classifier(), val)
+            outcome = run.look_at(classifier, val)
         except StopAsked:
             was_stopped = True
         else:
@@ -287,10 +310,11 @@ def _keeps_best(run: Run) -> bool:
 
 
 def _save_model(run: Run) -> None:
-    if run.ranks.is_first:
+    classifier = run.classifier()
+    if classifier is not None:
         extra = {"step": run.state.step, "recipe": run.config.recipe}
         with _disk_may_fail(run, "the model"):
-            run.classifier().save(Path(run.config.out) / "model", extra=extra)
+            classifier.save(Path(run.config.out) / "model", extra=extra)
 
 
 @contextmanager
@@ -310,7 +334,11 @@ def _is_stale(run: Run) -> bool:
 
 def _save(run: Run, saver: Saver, *, at_once: bool) -> None:
     run.state.bad_images = run.ranks.union(run.loader.bad_images)
-    if run.ranks.is_first:
+    if run.config.shard:
+        run.state.num_saves += 1
+        with _disk_may_fail(run, f"the checkpoint of step {run.state.step}"):
+            checkpoint.save_shards(Path(run.config.out), run.state, run.ranks, saver.retention)
+    elif run.ranks.is_first:
         saver.save(run.state, at_once=at_once)
 
 

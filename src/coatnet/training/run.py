@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from coatnet.classifier import Classifier
@@ -115,10 +116,20 @@ class Run:
             share = max(share, self.state.elapsed_s / self.config.max_time_s)
         return min(1.0, share)
 
-    def classifier(self) -> Classifier:
-        """Return the network as it is used after training: its average, where one is kept."""
+    def classifier(self) -> Classifier | None:
+        """Return, on rank 0 alone, the network as it is used after training: its average, where one is kept.
+
+        All ranks must ask: a network that is divided over them is gathered.
+        """
         network = self.network if self.state.ema is None else self.state.ema.network
         assert isinstance(network, CoAtNet)
+        gathered = self.ranks.gather(network) if self.config.shard else None
+        if not self.ranks.is_first:
+            return None
+        if gathered is not None:
+            with torch.device("meta"):  # no memory, no start values
+                network = CoAtNet(self.config.model)
+            network.load_state_dict(gathered, assign=True)
         return Classifier(
             network=network,
             preprocessing=self.preprocessing,

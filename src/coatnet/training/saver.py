@@ -25,7 +25,7 @@ class Saver:
     """
 
     def __init__(self, run: Path, retention: Retention, tell: Callable[[str], None]) -> None:
-        self._run, self._retention, self._tell = run, retention, tell
+        self._run, self.retention, self._tell = run, retention, tell
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Path] | None = None
         self._copy: Snapshot | None = None  # its memory takes the next copy
@@ -51,7 +51,7 @@ class Saver:
     def _write(self) -> None:
         assert self._copy is not None
         self._is_unproven = False
-        self._writing = self._pool.submit(write, self._run, self._copy, self._retention)
+        self._writing = self._pool.submit(write, self._run, self._copy, self.retention)
 
     def wait(self) -> None:
         """Return when nothing is being written any more."""

@@ -35,7 +35,7 @@ def step(run: Run, batch: Batch) -> bool:
     statistics = _Statistics(run.network)
     loss = _gather_gradients(run, batch, statistics)
     norm = nn.utils.clip_grad_norm_(run.network.parameters(), config.optimizer.max_grad_norm or float("inf"))
-    run.loss, run.grad_norm = (run.ranks.sum(loss) / run.ranks.size).item(), norm.item()
+    run.loss, run.grad_norm = (run.ranks.sum(loss) / run.ranks.size).item(), run.ranks.whole(norm).item()
     is_good = run.numbers_are_finite
     if is_good:
         for optimizer in state.optimizers:
@@ -149,7 +149,8 @@ def loss_of_batch(run: Run, micro: Batch) -> Tensor:
         cutmix_alpha=config.augment.cutmix_alpha,
     )
     images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    is_bf16, keeps_casts = config.precision == "bf16", not config.shard  # kept casts would be a whole network of them
+    with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16, cache_enabled=keeps_casts):
         logits = run.model(images, _depth_draws(run, micro))
     return loss_of(config.loss, logits, targets)
 
