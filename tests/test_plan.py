@@ -199,7 +199,7 @@ class TestCommand:
 
     def test_a_gpu_alone_shares_nothing(self, capsys: pytest.CaptureFixture[str]):
         found = self.say(capsys, "coatnet_0 --gpus 1")
-        assert [form["name"] for form in found["forms"]] == ["one GPU", "one GPU + checkpointing"]
+        assert [form["name"] for form in found["forms"]] == ["plain training", "plain training + checkpointing"]
 
     def test_the_largest_microbatch_just_fits(self, capsys: pytest.CaptureFixture[str]):
         words = "coatnet_3 --recipe imagenet_21k --gpu-memory 40"

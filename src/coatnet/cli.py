@@ -78,7 +78,7 @@ def plan(
 ) -> None:
     """Say what a training needs before it is begun: memory a GPU, operations, days and GPU-hours.
 
-    Example: coatnet plan coatnet_7 --recipe imagenet_21k --image-size 224 --gpus 256 --gpu-memory 80
+    Example: coatnet plan coatnet_7 --recipe imagenet_21k --gpus 256
 
     Parameters
     ----------

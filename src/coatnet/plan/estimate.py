@@ -20,7 +20,7 @@ GIB = 2**30
 USABLE = 0.9  # of a GPU's memory; assumed: the rest is for context, workspaces, gaps, and what the plan errs by
 ENOUGH_FOR_BATCH_NORM = 16  # pictures a microbatch: its statistics are taken from one
 TWICE = (False, True)  # whether activations are computed twice
-NAMES: dict[Sharding, str] = {"none": "one GPU", "ddp": "DDP", "fsdp": "FSDP"}
+NAMES: dict[Sharding, str] = {"none": "plain training", "ddp": "DDP", "fsdp": "FSDP"}
 H100_TFLOPS = 989.0  # dense bf16 products, by the vendor's data sheet
 UTILISATION = 0.3  # share of it that training reaches; assumed
 
@@ -73,7 +73,7 @@ class Form:
 
     name: str
     checkpointed: bool
-    microbatch: int  # images; 1 where none fits
+    microbatch: int  # images; the smallest where none fits
     fits: bool
     parts: dict[str, int]  # bytes
 

@@ -57,11 +57,11 @@ def answer(plan: Plan) -> str:
             "Give more or larger GPUs, or smaller pictures."
         )
     cost = plan.costs[best.checkpointed]
-    parts = f"in microbatches of {best.microbatch}" if best.microbatch < plan.share else "whole"
+    pieces = f"in microbatches of {best.microbatch}" if best.microbatch < plan.share else "at once"
     lines = [
-        f"{what} on {where}: take {best.name}, each GPU's {plan.share} pictures of an update {parts}; it peaks at "
-        f"{_gib(best.total)}. {_number(plan.num_epochs)} epochs of {_millions(plan.num_images)} pictures take "
-        f"{_number(cost.days)} days, {_number(cost.gpu_hours)} GPU-hours."
+        f"{what} on {where}: take {best.name}. Each GPU computes its {plan.share} pictures of an update {pieces} and "
+        f"peaks at {_gib(best.total)}. {plan.num_epochs:g} epochs of {_millions(plan.num_images)} pictures take "
+        f"{_duration(cost.days)}, {_number(cost.gpu_hours)} GPU-hours."
     ]
     unfit = [form.name for form in plan.forms if not form.fits]
     if unfit:
@@ -87,7 +87,7 @@ def show(plan: Plan) -> None:
         f"{plan.num_params / 1e6:,.1f} M parameters.\n"
         f"Assumed, not measured: a GPU's products run at {request.utilisation:.0%} of {request.gpu_tflops:g} TFLOP/s "
         f"(--utilisation, --gpu-tflops), and {USABLE:.0%} of its memory can be filled. "
-        "Communication and reading pictures take no time here.",
+        "Communication and reading pictures take no time here; libraries' scratch takes no memory.",
         soft_wrap=True,
     )
 
@@ -117,12 +117,12 @@ def _time_table(plan: Plan) -> Any:
     from rich.table import Table
 
     table = Table(title="time, at the speed assumed", title_justify="left")
-    for heading in ("", "PFLOP a step", "steps", "GPU-hours", "days"):
+    for heading in ("", "PFLOP a step", "steps", "GPU-hours", "time"):
         table.add_column(heading, justify="right" if heading else "left")
     for again, cost in plan.costs.items():
         name = "with checkpointing" if again else "without checkpointing"
-        flops = f"{cost.flops_a_step / 1e15:,.2f}"
-        table.add_row(name, flops, f"{cost.num_steps:,}", _number(cost.gpu_hours), _number(cost.days))
+        flops = _number(cost.flops_a_step / 1e15)
+        table.add_row(name, flops, f"{cost.num_steps:,}", _number(cost.gpu_hours), _duration(cost.days))
     return table
 
 
@@ -146,6 +146,12 @@ def _px(plan: Plan) -> str:
 
 def _millions(number: int) -> str:
     return f"{number / 1e6:,.2f} M" if number >= 1e6 else f"{number:,}"
+
+
+def _duration(days: float) -> str:
+    if days >= 1:
+        return f"{_number(days)} days"
+    return f"{24 * days:.1f} hours" if days >= 1 / 24 else f"{24 * 60 * days:.1f} minutes"
 
 
 def _number(value: float) -> str:
