@@ -115,7 +115,7 @@ def test_checkpointing_holds_less_and_more_pictures_more():
 
 
 def test_muon_keeps_as_much_as_is_planned():
-    config = ZOO["coatnet_nano"].config
+    config = ZOO["coatnet_pico"].config
     network = CoAtNet(config)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -140,10 +140,10 @@ def measured_mib(case: dict[str, Any]) -> float:
 
 @linux
 def test_the_peak_is_what_a_process_takes():
-    case = {"model": "coatnet_tiny", "image_size": 64, "batch": 24, "precision": "fp32", "checkpointed": False}
-    measured = measured_mib({**case, "threads": 2})
+    case = {"model": "coatnet_tiny", "image_size": 64, "batch": 16, "precision": "fp32", "checkpointed": False}
+    measured = measured_mib({**case, "threads": 1})
     tapes = record(replace(ZOO["coatnet_tiny"].config, image_size=(64, 64)), "fp32", "cpu")
-    planned = sum(peak_bytes(tapes, 24, Setting()).values()) / 2**20
+    planned = sum(peak_bytes(tapes, 16, Setting()).values()) / 2**20
     assert planned == pytest.approx(measured, rel=0.1), f"planned {planned:.0f} MiB, measured {measured:.0f}"
 
 
@@ -151,7 +151,7 @@ def test_the_peak_is_what_a_process_takes():
 @pytest.mark.slow
 def test_the_peaks_of_three_networks_at_two_sizes(tmp_path: Path):
     """In both precisions, with and without checkpointing: 24 processes, some 20 minutes."""
-    command = [sys.executable, str(TOOL), "--out", str(tmp_path / "record.json"), "--threads", "2"]
+    command = [sys.executable, str(TOOL), "--out", str(tmp_path / "record.json"), "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "record.json").read_text())["figures"]["rows"]
