@@ -22,7 +22,7 @@ from coatnet.evaluation import command as evaluation_command
 from coatnet.typed import parse_duration_s, parse_size
 from training.tiny import CLASSES, write_pictures
 
-COMMANDS = ("models", "train", "eval", "predict")
+COMMANDS = ("models", "plan", "train", "eval", "predict")
 
 
 def shell(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -415,7 +415,7 @@ def test_the_example_of_each_help_can_be_read(say):
         assert bound is not None
 
 
-@pytest.mark.parametrize("tokens", [["--help"], ["models", "--json"], ["train", "--help"]])
+@pytest.mark.parametrize("tokens", [["--help"], ["models", "--json"], ["plan", "coatnet_7"], ["train", "--help"]])
 def test_what_needs_no_torch_loads_none(tokens: list[str]):
     code = (
         f"import sys; from coatnet.cli import run; status = run({tokens}); sys.exit(status or 'torch' in sys.modules)"

@@ -72,24 +72,29 @@ def _parts(config: ModelConfig) -> list[tuple[int, Literal["C", "T"], int, int]]
 
 def count(config: ModelConfig) -> Counts:
     """Count parameters and multiply-adds at the config's image size."""
-    num_params, macs = _count_stem(config)
-    for block in unroll(config):
-        add = _count_mbconv if block.kind == "C" else _count_transformer
-        more_params, more_macs = add(config, block)
-        num_params += more_params
-        macs += more_macs
+    parts = [count_stem(config), *(count_block(config, block) for block in unroll(config)), count_head(config)]
+    return Counts(sum(num_params for num_params, _ in parts), sum(macs for _, macs in parts) / 1e9)
+
+
+def count_block(config: ModelConfig, block: BlockSpec) -> tuple[int, int]:
+    """Count parameters and multiply-adds of one block."""
+    return _count_mbconv(config, block) if block.kind == "C" else _count_transformer(config, block)
+
+
+def count_head(config: ModelConfig) -> tuple[int, int]:
+    """Count parameters and multiply-adds of norm, Dense and classifier."""
     dim = config.widths[-1]
     dense = dim * dim if config.head == "dense" else 0
-    num_params += 2 * dim + dense + (dim if dense else 0) + dim * config.num_classes + config.num_classes
-    macs += dense + dim * config.num_classes
-    return Counts(num_params, macs / 1e9)
+    num_params = 2 * dim + dense + (dim if dense else 0) + dim * config.num_classes + config.num_classes
+    return num_params, dense + dim * config.num_classes
 
 
 def _cells(grid: Size) -> int:
     return grid[0] * grid[1]
 
 
-def _count_stem(config: ModelConfig) -> tuple[int, int]:
+def count_stem(config: ModelConfig) -> tuple[int, int]:
+    """Count parameters and multiply-adds of S0."""
     width, cells = config.widths[0], _cells(config.grids[0])
     if config.layout == "vit_rel":
         weights = config.in_channels * config.patch_size**2 * width
@@ -101,7 +106,7 @@ def _count_stem(config: ModelConfig) -> tuple[int, int]:
     return first + more * (norm + 9 * width * width + width), weights * cells
 
 
-def _grid_in(block: BlockSpec, config: ModelConfig) -> Size:
+def grid_into(block: BlockSpec, config: ModelConfig) -> Size:
     """Return the grid that enters a block that takes the stride of its stage."""
     return config.grids[block.stage - 1] if block.stride == 2 else block.grid
 
@@ -113,7 +118,7 @@ def _count_mbconv(config: ModelConfig, block: BlockSpec) -> tuple[int, int]:
     norms = 2 * (block.in_dim + hidden + hidden)
     num_params = norms + expand + depthwise + squeeze_excite + squeezed + hidden + shrink + block.out_dim
     cells = _cells(block.grid)
-    expand_cells = cells if config.stride_in == "expand" else _cells(_grid_in(block, config))
+    expand_cells = cells if config.stride_in == "expand" else _cells(grid_into(block, config))
     macs = expand * expand_cells + (depthwise + shrink) * cells + squeeze_excite
     return _with_shortcut(block, num_params, macs)
 
