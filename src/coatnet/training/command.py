@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from coatnet.config import TrainConfig
+from coatnet.data.sources import name_of
 from coatnet.errors import ConfigError
 from coatnet.evaluation.tables import interval_text
 from coatnet.ranks import is_first_rank
@@ -34,7 +35,7 @@ def train_from_flags(
     else:
         if data is None:
             raise ConfigError("Which pictures? Give a folder: coatnet train PICTURES")
-        config, reasons = choose_config(data, str(out or RUNS / Path(data).resolve().name), given)
+        config, reasons = choose_config(data, str(out or RUNS / name_of(data)), given)
         for reason in reasons:
             console.print(f"  {reason}")
     with Shown(console) as shown:
@@ -45,7 +46,7 @@ def train_from_flags(
 
 
 def _resumed(data: str | None, out: Path | None) -> TrainConfig:
-    run = out or (RUNS / Path(data).resolve().name if data else run_folder.newest_run(RUNS))
+    run = out or (RUNS / name_of(data) if data else run_folder.newest_run(RUNS))
     config = run_folder.read_config(run)
     if data is not None and Path(data).resolve() != Path(config.data).resolve():
         raise ConfigError(f"{run} was trained on {config.data}, not on {data}. Give that, or another --out.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coatnet.config import TrainConfig
-from coatnet.data.sources import Split
+from coatnet.data.sources import TABLE_PREFIX, Split
 from coatnet.errors import ModelFileError, TrainingError
 from coatnet.files import read_json, write_atomic, write_json
 
@@ -33,7 +33,7 @@ def check(config: TrainConfig, start: Start) -> None:
         )
     elif _is_taken(run):
         for needed in (config.data, config.init):
-            if needed and Path(needed).resolve().is_relative_to(run.resolve()):
+            if needed and Path(needed.removeprefix(TABLE_PREFIX)).resolve().is_relative_to(run.resolve()):
                 raise TrainingError(f"{needed} lies in {run}, which is to be overwritten. Give another --out.")
 
 
