@@ -87,10 +87,9 @@ def _load(spec: str) -> tuple[dict[str, Any], tuple[Path, ...]]:
     except Exception as error:
         raise DataError(_in_words(spec, error)) from None
     own = [place] if Path(place).is_dir() else []
-    folders = (Path(folder) for folder in (*own, HF_CACHE_HOME, HF_DATASETS_CACHE, HF_HUB_CACHE))
-    return {str(split): table for split, table in found.items()}, tuple(
-        folder.expanduser().resolve() for folder in folders
-    )
+    folders = [Path(folder).expanduser() for folder in (*own, HF_CACHE_HOME, HF_DATASETS_CACHE, HF_HUB_CACHE)]
+    tables: dict[str, Any] = {str(split): table for split, table in found.items()}
+    return tables, tuple(folder.resolve() for folder in folders)
 
 
 def _place(spec: str) -> tuple[str, str | None, str | None]:

@@ -80,7 +80,9 @@ def _matching(pattern: str) -> list[Path]:
     for place in _expanded(pattern):
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", place):  # one letter and a colon are a drive
             raise DataError(f"{place} is no file. Copy the shards to a disk first: pictures are read in any order.")
-        matches = sorted(glob.glob(place)) if glob.has_magic(place) and not Path(place).exists() else [place]  # noqa: PTH207 - the pattern may be absolute
+        matches = [place]
+        if glob.has_magic(place) and not Path(place).exists():
+            matches = sorted(glob.glob(place))  # noqa: PTH207 - the pattern may be absolute
         if not matches or not all(Path(match).is_file() for match in matches):
             raise DataError(f"{place} is not there. Give shards that are, like 'data/train-{{000..009}}.tar'.")
         files += map(Path, matches)
