@@ -242,14 +242,15 @@ def train(
     flags: Annotated[TrainFlags, Parameter(name="*")] = TrainFlags(),
     json: Json = False,
 ) -> int:
-    """Train a network on a folder of labelled pictures and leave a run folder with model and report.
+    """Train a network on labelled pictures and leave a run folder with model and report.
 
     Example: coatnet train PICTURES --max-time 20m
 
     Parameters
     ----------
     data: str
-        Folder of class/picture.jpg, or with train/, val/, test/ of such; or fashion-mnist.
+        Folder of class/picture.jpg, or with train/, val/, test/ of such; tar shards (a folder, or
+        'train-{000..146}.tar'); a folder of parquet files; hf:owner/name; or fashion-mnist.
     out: Path
         Run folder; absent, runs/NAME after the data.
     resume: bool
@@ -296,7 +297,8 @@ def evaluate(
     run: Path
         Run folder or model folder.
     data: str
-        Folder of class/picture.jpg, or with train/, val/, test/ of such; or fashion-mnist.
+        Folder of class/picture.jpg, or with train/, val/, test/ of such; tar shards (a folder, or
+        'train-{000..146}.tar'); a folder of parquet files; hf:owner/name; or fashion-mnist.
     part: str
         Which part of the data; absent, test, else val, else everything.
     """

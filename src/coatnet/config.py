@@ -287,7 +287,7 @@ class OptimizerConfig(Config):
 class TrainConfig(Config):
     """One training run, whole: the same config gives the same run."""
 
-    data: str  # folder, or the name of a data set
+    data: str  # folder, shards, table or name, as `open_data` takes them
     out: str  # run folder
     model: ModelConfig
     preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)

@@ -20,7 +20,7 @@ from typing import Any
 from coatnet import __version__
 from coatnet.files import write_json
 
-PACKAGES = ("torch", "torchvision", "numpy", "timm", "onnxruntime", "openvino", "nncf")
+PACKAGES = ("torch", "torchvision", "numpy", "timm", "onnxruntime", "openvino", "nncf", "webdataset", "datasets")
 GIT_TIMEOUT_S = 10
 
 

@@ -27,7 +27,9 @@ def open_folder(folder: Path) -> dict[str, FolderImages]:
     """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "is not there"
-        raise DataError(f"{folder} {what}. Give a folder with one subfolder of pictures a class, or fashion-mnist.")
+        raise DataError(
+            f"{folder} {what}. Give a folder with one subfolder of pictures a class, tar shards, or fashion-mnist."
+        )
     inside = _subfolders(folder)
     parts = [name for name in inside if name.casefold() in PARTS and _holds_classes(folder / name)]
     if not parts:

@@ -1,4 +1,4 @@
-"""Where labelled pictures come from: a folder of classes, or a named data set, divided into train, val and test.
+"""Where labelled pictures come from, divided into train, val and test: folders of classes, tar shards, tables, by name.
 
 What `open_data` divides itself it records in `DataSet.split`, so that a resumed or evaluated run divides alike.
 """
@@ -15,16 +15,20 @@ import numpy as np
 
 from coatnet.data import draws, fashion_mnist
 from coatnet.data.folders import images_below, labelled_folder, list_images, open_folder
+from coatnet.data.hub import holds_tables, open_table, table_name
 from coatnet.data.image_sets import ArrayImages, FolderImages, ImageSet
 from coatnet.data.splits import Split, follow, hold_out
+from coatnet.data.tar_images import open_tars
+from coatnet.data.tar_shards import find_shards, shards_name
 from coatnet.errors import BadImageError, DataError
 
 __all__ = [
-    "DATA_SETS", "ArrayImages", "DataSet", "FolderImages", "ImageSet", "Split", "fingerprint", "images_below",
-    "labelled_folder", "list_images", "measure", "open_data",
+    "DATA_SETS", "TABLE_PREFIX", "ArrayImages", "DataSet", "FolderImages", "ImageSet", "Split", "fingerprint",
+    "images_below", "labelled_folder", "list_images", "measure", "name_of", "open_data",
 ]  # fmt: skip
 
 DATA_SETS = ("fashion-mnist",)
+TABLE_PREFIX = "hf:"  # before a name on Hugging Face's hub, or a folder that its library reads
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class DataSet:
 def open_data(
     data: str | Path, *, seed: int = 0, holdout_percent: float | None = 10.0, split: Split | None = None
 ) -> DataSet:
-    """Open a folder or a named data set; where it has no val part, set one aside from train, class by class.
+    """Open pictures by folder, pattern or name; where they have no val part, set one aside from train, class by class.
 
     The `split` of an earlier run is followed instead of drawing one.
 
@@ -62,6 +66,13 @@ def _open_parts(data: str | Path) -> Mapping[str, ImageSet]:
     if str(data) == "fashion-mnist" and not Path(data).is_dir():
         folder = fashion_mnist.find()
         return {part: fashion_mnist.images(folder, part) for part in ("train", "test")}
+    text = str(data)
+    if text.startswith(TABLE_PREFIX):
+        return open_table(text.removeprefix(TABLE_PREFIX))
+    if shards := find_shards(text):
+        return open_tars(shards)
+    if Path(text).is_dir() and holds_tables(Path(text)):
+        return open_table(text)
     return open_folder(Path(data))
 
 
@@ -75,6 +86,13 @@ def fingerprint(data: DataSet) -> str:
             size = images.path(index).stat().st_size if isinstance(images, FolderImages) else 0
             digest.update(f"{part}\t{images.name(index)}\t{target}\t{size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def name_of(data: str) -> str:
+    """Return a short name for what `open_data` takes, to call a run or a report after."""
+    if data.startswith(TABLE_PREFIX):
+        return table_name(data.removeprefix(TABLE_PREFIX))
+    return shards_name(data) if data.endswith(".tar") else Path(data).resolve().name
 
 
 def measure(images: ImageSet, *, limit: int = 200, seed: int = 0) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from coatnet.config import TrainConfig
+from coatnet.data.sources import name_of
 from coatnet.errors import ConfigError
 from coatnet.evaluation.tables import interval_text
 from coatnet.ranks import is_first_rank, was_restarted
@@ -34,7 +35,7 @@ def train_from_flags(
     else:
         if data is None:
             raise ConfigError("Which pictures? Give a folder: coatnet train PICTURES")
-        config, reasons = choose_config(data, str(out or RUNS / Path(data).resolve().name), given)
+        config, reasons = choose_config(data, str(out or RUNS / name_of(data)), given)
         for reason in reasons:
             console.print(f"  {reason}")
     with Shown(console) as shown:
@@ -62,7 +63,7 @@ def _to_go_on_with(data: str | None, out: Path | None, resume: bool) -> Path | N
     """Return the run to resume, None where none is asked for or none is begun yet."""
     if not resume:
         return None
-    run = out or (RUNS / Path(data).resolve().name if data else run_folder.newest_run(RUNS))
+    run = out or (RUNS / name_of(data) if data else run_folder.newest_run(RUNS))
     return run if data is None or run_folder.is_begun(run) else None
 
 

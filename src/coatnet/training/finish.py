@@ -9,6 +9,7 @@ from pathlib import Path
 
 from coatnet.classifier import Classifier, load
 from coatnet.data.image_sets import ImageSet
+from coatnet.data.sources import name_of
 from coatnet.evaluation.metrics import Outcome, Summary, summarise
 from coatnet.evaluation.report import write_report
 from coatnet.files import write_json
@@ -80,7 +81,7 @@ def _write_evaluation(
     write_json(folder / "evaluation.json", {"part": part, "bad_images": bad_images, **summary.to_dict()})
     write_report(
         folder / "report.html",
-        title=f"{config.model.name} on {Path(config.data).name}",
+        title=f"{config.model.name} on {name_of(config.data)}",
         config=config.to_dict(),
         history=run.state.history,
         outcome=outcome,

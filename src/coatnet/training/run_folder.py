@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from coatnet.config import TrainConfig
-from coatnet.data.sources import DataSet, fingerprint
+from coatnet.data.sources import TABLE_PREFIX, DataSet, fingerprint
 from coatnet.errors import DataError, ModelFileError, TrainingError
 from coatnet.files import read_json, verify_folder, write_atomic, write_json, write_manifest
 from coatnet.record import environment
@@ -44,7 +44,7 @@ def check(config: TrainConfig, start: Start) -> bool:
         )
     if _is_taken(run):
         for needed in (config.data, config.init):
-            if needed and Path(needed).resolve().is_relative_to(run.resolve()):
+            if needed and Path(needed.removeprefix(TABLE_PREFIX)).resolve().is_relative_to(run.resolve()):
                 raise TrainingError(f"{needed} lies in {run}, which is to be overwritten. Give another --out.")
     return False
 
