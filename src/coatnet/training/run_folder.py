@@ -16,6 +16,7 @@ from coatnet.config import TrainConfig
 from coatnet.data.sources import Split
 from coatnet.errors import ModelFileError, TrainingError
 from coatnet.files import read_json, write_atomic, write_json
+from coatnet.weights import check_size
 
 Start = Literal["new", "overwrite", "resume"]
 
@@ -62,10 +63,13 @@ def _is_run(folder: Path) -> bool:
 
 
 def read_config(run: Path) -> TrainConfig:
-    """Return the config of a run. Raises: TrainingError if there is none."""
+    """Return the config of a run. Raises: TrainingError if there is none, ModelFileError if it is not its weights'."""
     if not _is_run(run):
         raise TrainingError(f"{run} holds no run. Name one with --out, or start one without --resume.")
-    return TrainConfig.from_dict(read_json(run / "config.json"))
+    config = TrainConfig.from_dict(read_json(run / "config.json"))
+    if num_bytes := sum(file.stat().st_size for file in run.rglob("*.safetensors")):  # none before the first checkpoint
+        check_size(config.model, num_bytes, run / "config.json")
+    return config
 
 
 def newest_run(runs: Path) -> Path:
