@@ -30,7 +30,7 @@ from coatnet.fast.engines import OptimizedModel, optimize, optimize_at_once
 from coatnet.files import MANIFEST, new_folder, read_json, verify_folder, write_json
 from coatnet.model.init import NoInit
 from coatnet.model.network import CoAtNet
-from coatnet.weights import check_size, in_words, misfits, read_safetensors
+from coatnet.weights import Tensors, check_size, in_words, misfits, read_safetensors
 
 FORMAT = 1  # of model.json; a reader takes this one and older ones
 WEIGHTS, CARD = "model.safetensors", "model.json"
@@ -141,6 +141,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
     """
     folder = _find_model(Path(path))
     card, config = _read_card(folder)
+    weights = read_safetensors(folder / WEIGHTS)
     check_size(config, (folder / WEIGHTS).stat().st_size, folder / CARD)
     try:
         with NoInit():
@@ -153,7 +154,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
         )
     except ConfigError as error:
         raise ModelFileError(f"{folder / CARD}: {error}") from None
-    _load_weights(network, folder / WEIGHTS)
+    _take_weights(network, weights, folder / WEIGHTS)
     classifier.device = torch.device(device)
     network.to(classifier.device).eval()
     return classifier
@@ -217,8 +218,8 @@ def _weights(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _load_weights(network: nn.Module, path: Path) -> None:
-    found, wanted = read_safetensors(path), network.state_dict()
+def _take_weights(network: nn.Module, found: Tensors, path: Path) -> None:
+    wanted = network.state_dict()
     if bad := misfits(found, wanted):
         name = bad[0]
         raise ModelFileError(

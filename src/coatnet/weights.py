@@ -25,6 +25,8 @@ SUFFIXES = (".safetensors", ".pt", ".pth")
 MAX_EXCESS = 10  # times the bytes of the file that a network may ask for; smaller misfits are told tensor by tensor
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which trainers keep the weights
 PREFIX = "module."  # that DDP puts before each name
+REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what weights may be kept in
+WHOLE = (torch.int64, torch.int32)  # what BatchNorm's counters may be
 
 Tensors = dict[str, Tensor]
 
@@ -104,9 +106,9 @@ def misfits(found: Tensors, wanted: Tensors) -> list[str]:
 
 
 def _fits(found: Tensor, wanted: Tensor) -> bool:
-    """Return whether one tensor goes into another: of its shape, and of real numbers of any precision where it is."""
-    is_right_kind = found.is_floating_point() or not (wanted.is_floating_point() or found.is_complex())
-    return found.shape == wanted.shape and is_right_kind
+    """Return whether one tensor goes into another: of its shape, and of real numbers where it is."""
+    kinds = REAL if wanted.is_floating_point() else WHOLE + REAL
+    return found.shape == wanted.shape and found.dtype in kinds
 
 
 def in_words(tensors: Tensors, name: str) -> str:
@@ -114,7 +116,7 @@ def in_words(tensors: Tensors, name: str) -> str:
     if name not in tensors:
         return "has none"
     tensor = tensors[name]
-    kind = "" if tensor.is_floating_point() else f" {tensor.dtype}".replace("torch.", "")
+    kind = "" if tensor.dtype in REAL else f" {tensor.dtype}".replace("torch.", "")
     return f"{tuple(tensor.shape)}{kind}"
 
 

@@ -12,7 +12,7 @@ from coatnet.config import ModelConfig
 from coatnet.errors import ModelFileError, one_line
 from coatnet.model.attention import resize_table
 from coatnet.model.network import CoAtNet
-from coatnet.weights import SUFFIXES, Tensors, in_words, misfits, read_file
+from coatnet.weights import REAL, SUFFIXES, Tensors, in_words, misfits, read_file
 
 STAGES = ("s0", "s1", "s2", "s3", "s4")
 
@@ -69,7 +69,7 @@ def initialise(network: CoAtNet, source: Path, labels: tuple[str, ...]) -> list[
 
 def _is_other_size(found: Tensor, wanted: Tensor) -> bool:
     """Return whether a bias table has the heads that are wanted, for another grid."""
-    fits = found.dim() == 3 and found.numel() > 0 and found.is_floating_point() and len(found) == len(wanted)
+    fits = found.dim() == 3 and found.numel() > 0 and found.dtype in REAL and len(found) == len(wanted)
     return fits and found.shape != wanted.shape
 
 
