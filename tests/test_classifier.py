@@ -113,7 +113,7 @@ def test_loading_draws_no_random_numbers(saved: Path):
 
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors", MANIFEST])
 def test_any_flipped_bit_is_noticed_before_a_weight_is_used(saved: Path, name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("coatnet.classifier.load_file", lambda _: pytest.fail("a weight was read"))
+    monkeypatch.setattr("coatnet.classifier.read_safetensors", lambda _: pytest.fail("a weight was read"))
     whole = (saved / name).read_bytes()
     for place in np.random.default_rng(0).choice(8 * len(whole), 100, replace=False).tolist():
         damaged = bytearray(whole)

@@ -19,7 +19,7 @@ FLOORS = (  # top to bottom; a room imports from lower floors or from itself
     ("classifier",),
     ("fast",),
     ("model",),
-    ("data", "recipes", "family_table"),
+    ("data", "recipes", "family_table", "weights"),
     ("zoo", "layout", "typed"),
     ("config",),
     ("record", "ranks", "native"),

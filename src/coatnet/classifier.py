@@ -18,19 +18,19 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from coatnet import __version__
 from coatnet.config import ModelConfig, Precision, PreprocessingConfig
 from coatnet.data.decode import Pixels, decode
 from coatnet.data.transforms import Preprocessing
-from coatnet.errors import BadImageError, ConfigError, DataError, ModelFileError
+from coatnet.errors import BadImageError, ConfigError, DataError, ModelFileError, brief, one_line
 from coatnet.fast.engines import OptimizedModel, optimize, optimize_at_once
 from coatnet.files import MANIFEST, new_folder, read_json, recover, verify_folder, write_json
 from coatnet.model.init import NoInit
 from coatnet.model.network import CoAtNet
+from coatnet.weights import Tensors, check_size, in_words, misfits, read_safetensors
 
 FORMAT = 1  # of model.json; a reader takes this one and older ones
 WEIGHTS, CARD = "model.safetensors", "model.json"
@@ -141,6 +141,8 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
     """
     folder = _find_model(Path(path))
     card, config = _read_card(folder)
+    weights = read_safetensors(folder / WEIGHTS)
+    check_size(config, (folder / WEIGHTS).stat().st_size, folder / CARD)
     try:
         with NoInit():
             network = CoAtNet(config)
@@ -152,7 +154,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Classifier:
         )
     except ConfigError as error:
         raise ModelFileError(f"{folder / CARD}: {error}") from None
-    _load_weights(network, folder / WEIGHTS)
+    _take_weights(network, weights, folder / WEIGHTS)
     classifier.device = torch.device(device)
     network.to(classifier.device).eval()
     return classifier
@@ -193,16 +195,17 @@ def _read_card(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
         raise ModelFileError(f"{path} is no model card of coatnet: it has no format number.")
     if number > FORMAT:
         raise ModelFileError(
-            f"{path} has format {number}, this coatnet {__version__} reads up to {FORMAT}. Upgrade coatnet to load it."
+            f"{path} has format {brief(number)}, this coatnet {__version__} reads up to {FORMAT}. "
+            "Upgrade coatnet to load it."
         )
     for key, kind in (("model", dict), ("preprocessing", dict), ("labels", list), ("loss", str)):
         if not isinstance(card.get(key), kind):
             raise ModelFileError(f"{path} lacks '{key}', or it is no {kind.__name__}. Save the model again.")
     for label in card["labels"]:
         if not isinstance(label, str):
-            raise ModelFileError(f"{path}: labels holds {label!r}. Every label must be text.")
+            raise ModelFileError(f"{path}: labels holds {brief(label)}. Every label must be text.")
     if card["loss"] not in get_args(Loss):
-        raise ModelFileError(f"{path}: loss is {card['loss']!r}. It must be one of {', '.join(get_args(Loss))}.")
+        raise ModelFileError(f"{path}: loss is {brief(card['loss'])}. It must be one of {', '.join(get_args(Loss))}.")
     try:
         return card, ModelConfig.from_dict(card["model"])
     except ConfigError as error:
@@ -217,29 +220,16 @@ def _weights(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _load_weights(network: nn.Module, path: Path) -> None:
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ModelFileError(f"{path} cannot be read as safetensors: {error}.") from None
-    _check_fits(_shapes(found), _shapes(network.state_dict()), path)
-    network.load_state_dict(found)
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _check_fits(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Raise ModelFileError naming the first tensor that does not fit."""
-    bad = [name for name in (wanted | found) if found.get(name) != wanted.get(name)]
-    if bad:
-        first = bad[0]
+def _take_weights(network: nn.Module, found: Tensors, path: Path) -> None:
+    wanted = network.state_dict()
+    if bad := misfits(found, wanted):
+        name = bad[0]
         raise ModelFileError(
             f"{path}: {len(bad)} of {len(wanted)} tensors do not fit the network that {CARD} beside it describes.\n"
-            f"  {first}: file {found.get(first, 'has none')}, model {wanted.get(first, 'has none')}.\n"
+            f"  {one_line(name)}: file {in_words(found, name)}, model {in_words(wanted, name)}.\n"
             f"  Take both files from the same save."
         )
+    network.load_state_dict(found)
 
 
 def _to_array(picture: object) -> Pixels:
@@ -281,7 +271,9 @@ def _from_pil(image: Image.Image) -> Pixels:
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         file = io.BytesIO()
         image.save(file, "PNG", compress_level=0)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow decodes late, and has all three for damaged files
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow decodes late, and a damaged file makes it raise many things
         raise BadImageError(f"A PIL image of mode {image.mode} cannot be decoded: {error}.") from None
     return decode(file.getvalue(), name="PIL image")
 

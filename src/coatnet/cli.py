@@ -166,7 +166,7 @@ class TrainFlags:
     patience: int | None = None
     """Stop after so many epochs without improvement, and keep the best model."""
     init: str | None = None
-    """Start from this run, model folder or safetensors file."""
+    """Start from this run, model folder, .safetensors or .pt file."""
     freeze: Literal["S0", "S1", "S2", "S3", "S4"] | None = None
     """Leave everything up to this stage as it is."""
     precision: Literal["fp32", "bf16"] | None = None

@@ -10,13 +10,16 @@ import dataclasses
 import re
 import types
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
 
-from coatnet.errors import ConfigError, name_hint
+from coatnet.errors import ConfigError, brief, name_hint, one_line
 
 Size = tuple[int, int]  # (height, width) in pixels
 FloatPrecision = Literal["fp32", "bf16"]  # what networks are trained in
 Precision = Literal["fp32", "bf16", "int8"]  # what trained ones are used in
+MAX_NUMBER = 2**63  # sizes and counts are multiplied, and shall stay numbers that floats can hold
+MAX_DEPTH = 1000  # blocks a stage; the paper's rows have 42 at most
+MAX_SIDE = 16384  # px of a picture
 
 
 def _check(holds: bool, met: str, allowed: str) -> None:
@@ -55,7 +58,7 @@ class Config:
         known = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for key in values:
             if key not in known:
-                raise ConfigError(f"{cls.__name__} has no field '{key}'. {name_hint(key, known)}")
+                raise ConfigError(f"{cls.__name__} has no field '{one_line(key)}'. {name_hint(key, known)}")
         try:
             return cls(**{key: _from_plain(value, hints[key]) for key, value in values.items()})
         except TypeError as error:
@@ -91,22 +94,31 @@ def _check_choice(name: str, value: object, hint: Any) -> None:
     hint = _unwrapped(hint)
     if get_origin(hint) is Literal:
         choices = get_args(hint)
-        _check(value in choices, f"{name} is {value!r}", f"It must be one of {', '.join(map(repr, choices))}")
+        _check(value in choices, f"{name} is {brief(value)}", f"It must be one of {', '.join(map(repr, choices))}")
     elif hint in (int, float, str, bool):
         fits = isinstance(value, hint) or (hint is float and isinstance(value, int))
         _check(
             fits and (hint is bool or not isinstance(value, bool)),
-            f"{name} is {value!r}",
+            f"{name} is {brief(value)}",
             f"It must be {hint.__name__}",
         )
+        _check_number(name, value)
     elif get_origin(hint) is tuple:
         kind = get_args(hint)[0]
         fits = isinstance(value, tuple) and all(
             isinstance(part, (int, float) if kind is float else kind) and not isinstance(part, bool) for part in value
         )
-        _check(fits, f"{name} is {value}", f"It must be a list of {'numbers' if kind is float else 'whole numbers'}")
+        what = "numbers" if kind is float else "whole numbers"
+        _check(fits, f"{name} is {brief(value)}", f"It must be a list of {what}")
+        for part in cast(tuple[object, ...], value):
+            _check_number(name, part)
     elif isinstance(hint, type):
-        _check(isinstance(value, hint), f"{name} is {value!r}", f"It must be a {hint.__name__}")
+        _check(isinstance(value, hint), f"{name} is {brief(value)}", f"It must be a {hint.__name__}")
+
+
+def _check_number(name: str, value: object) -> None:
+    fits = not isinstance(value, int) or -MAX_NUMBER < value < MAX_NUMBER
+    _check(fits, f"{name} is {brief(value)}", "Whole numbers must be below 2**63")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +150,7 @@ class ModelConfig(Config):
         vit = self.layout == "vit_rel"
         _check(
             vit or re.fullmatch(r"(?=.{4}$)C*T*", self.layout) is not None,
-            f"layout is {self.layout!r}",
+            f"layout is {brief(self.layout)}",
             "It must be four letters for S1 .. S4, C before T (CCCC, CCCT, CCTT, CTTT, TTTT), or 'vit_rel'",
         )
         stages = 1 if vit else 5
@@ -146,19 +158,21 @@ class ModelConfig(Config):
             values = getattr(self, name)
             _check(
                 len(values) == stages and all(isinstance(value, int) and value >= 1 for value in values),
-                f"{name} is {values}",
+                f"{name} is {brief(values)}",
                 f"It must be {stages} whole number{'s' * (not vit)} of 1 or more"
                 + (" for vit_rel" if vit else ", for S0 .. S4"),
             )
+        deepest = max(*self.depths, self.s3_mbconv[0] if self.s3_mbconv else 0)
+        _check(deepest <= MAX_DEPTH, f"A stage has {deepest} blocks", f"It must be {MAX_DEPTH} at most")
         _check(
             len(self.strides) == 5 and all(stride in (1, 2) for stride in self.strides),
-            f"strides is {self.strides}",
+            f"strides is {brief(self.strides)}",
             "It must be five numbers for S0 .. S4, each 1 or 2",
         )
         _check(
             self.s3_mbconv is None
             or (self.layout[2:3] == "T" and len(self.s3_mbconv) == 2 and min(self.s3_mbconv) >= 1),
-            f"s3_mbconv is {self.s3_mbconv} in layout {self.layout}",
+            f"s3_mbconv is {brief(self.s3_mbconv)} in layout {self.layout}",
             "It must be (blocks, channels), and S3 must be T",
         )
         for name in ("head_dim", "window_size", "patch_size", "in_channels", "num_classes"):
@@ -192,9 +206,9 @@ class ModelConfig(Config):
 
 def _check_size(name: str, size: tuple[object, ...]) -> None:
     _check(
-        len(size) == 2 and all(isinstance(side, int) and side >= 1 for side in size),
-        f"{name} is {size}",
-        "It must be (height, width) in px, each 1 or more",
+        len(size) == 2 and all(isinstance(side, int) and 1 <= side <= MAX_SIDE for side in size),
+        f"{name} is {brief(size)}",
+        f"It must be (height, width) in px, each 1 to {MAX_SIDE}",
     )
 
 
@@ -223,7 +237,7 @@ class PreprocessingConfig(Config):
         _check(0 < self.crop_ratio <= 1, f"crop_ratio is {self.crop_ratio}", "It must be above 0 and at most 1")
         _check(
             len(self.mean) == len(self.std) and len(self.mean) in (1, 3) and min(self.std) > 0,
-            f"mean {self.mean} and std {self.std}",
+            f"mean {brief(self.mean)} and std {brief(self.std)}",
             "Give one of each for a grey picture or three for RGB, std above 0",
         )
 
@@ -308,7 +322,7 @@ class TrainConfig(Config):
     keep_best: bool = False  # that of the best validation too; one is taken whenever validation improves
     keep_every: int | None = None  # every so many-th checkpoint for good
     evaluation_interval_epochs: float = 1.0
-    init: str | None = None  # run, model folder or safetensors file to fine-tune from
+    init: str | None = None  # run, model folder, .safetensors or .pt file to fine-tune from
     freeze: Literal["S0", "S1", "S2", "S3", "S4"] | None = None  # keep everything up to this stage as it is
     precision: FloatPrecision = "fp32"
     compile: bool = False

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from reprlib import Repr
 
 NUM_LISTED = 24  # names that a message may list
+NUM_SHOWN = 120  # characters of one value that a message may show
+
+_BRIEF = Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = NUM_SHOWN
 
 
 class CoatnetError(Exception):
@@ -44,10 +49,20 @@ class LostRankError(CoatnetError):
     """Another process of the group is gone in the middle of the work."""
 
 
+def brief(value: object) -> str:
+    """Return the repr of a value that anybody may have made up: one line, cut where it is long or deep."""
+    return _BRIEF.repr(value)
+
+
+def one_line(text: str) -> str:
+    """Return a text that anybody may have made up, cut and escaped to one line."""
+    return brief(text)[1:-1]
+
+
 def name_hint(met: str, known: Iterable[str]) -> str:
     """Return "Did you mean 'x'?" for the known name nearest to what was met, or what there is where none is near."""
     known = list(known)
-    near = get_close_matches(met, known, n=1)
+    near = get_close_matches(met[:NUM_SHOWN], known, n=1)
     if near:
         return f"Did you mean '{near[0]}'?"
     if len(known) > NUM_LISTED:

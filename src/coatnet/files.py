@@ -8,12 +8,13 @@ import os
 import shutil
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from coatnet.errors import ModelFileError
+from coatnet.errors import ModelFileError, brief, one_line
 
 MANIFEST = "manifest.json"
+MAX_JSON_BYTES = 64 * 2**20
 
 
 def sha256_of(path: Path) -> str:
@@ -43,13 +44,19 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, two spaces deep, keys in the order given."""
-    write_atomic(path, json.dumps(value, indent=2) + "\n")
+    write_atomic(path, _to_json(value))
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises: ModelFileError if it is missing or no JSON."""
+    """Read a JSON file. Raises: ModelFileError if it is missing, too large or no JSON."""
     try:
-        return json.loads(path.read_text())
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES // 2**20} MiB")
+        return parse_json(path.read_bytes().decode())
     except FileNotFoundError:
         raise ModelFileError(f"{path} is not there.") from None
     except (OSError, ValueError) as error:
@@ -68,6 +75,26 @@ def recover(parent: Path, pattern: str) -> None:
         if not (parent / name).exists():
             with suppress(OSError):  # of a disk that is only to be read
                 old.rename(parent / name)
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON. Raises: ValueError for what is none, and for what readers may take differently or choke on.
+
+    That is a key that comes twice, and lists in lists without end.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"the key {brief(name)} comes twice")
+        values[name] = value
+    return values
 
 
 @contextmanager
@@ -101,23 +128,43 @@ def new_folder(path: Path) -> Generator[Path]:
 def verify_folder(path: Path, needed: Iterable[str], manifest: str = MANIFEST) -> None:
     """Check every file of a folder against its manifest, which must list those needed.
 
-    Raises: ModelFileError naming the first file that is missing or was changed, the manifest itself included.
+    Raises: ModelFileError naming the first file that is missing or was changed, the manifest itself included, or that
+    lies outside the folder.
     """
-    content = read_json(path / manifest)
-    hashes = content.get("sha256") if isinstance(content, dict) else None
-    if not isinstance(hashes, dict):
-        raise ModelFileError(f"{path}: {manifest} is damaged (it lists no files). Copy the folder again.")
+    hashes = _read_manifest(path / manifest)
     unlisted = [name for name in needed if name not in hashes]
     if unlisted:  # else a manifest that lost a line would vouch for anything
         raise ModelFileError(f"{path}: {manifest} does not list {unlisted[0]}. Copy the folder again.")
     for name, want in hashes.items():
-        file = path / name
-        if not file.is_file():
-            raise ModelFileError(f"{path}: {name} is missing. Copy the folder again, whole.")
-        if sha256_of(file) != want:
+        if not _stays_inside(name):
+            raise ModelFileError(f"{path}: {manifest} lists {brief(name)}, which is not in the folder. Do not use it.")
+        try:
+            met = sha256_of(path / name) if (path / name).is_file() else None
+        except OSError as error:
+            raise ModelFileError(f"{path}: {one_line(name)} cannot be read ({error.strerror}).") from None
+        if met is None:
+            raise ModelFileError(f"{path}: {one_line(name)} is missing. Copy the folder again, whole.")
+        if met != want:
             raise ModelFileError(
-                f"{path}: {name} is damaged (its SHA-256 is not the manifest's). Copy the folder again."
+                f"{path}: {one_line(name)} is damaged (its SHA-256 is not the manifest's). Copy the folder again."
             )
+
+
+def _read_manifest(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file that a manifest lists; it must have the very bytes that were written."""
+    manifest = read_json(path)
+    hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
+    if not isinstance(hashes, dict) or not hashes or not all(isinstance(value, str) for value in hashes.values()):
+        raise ModelFileError(f"{path} is damaged (it lists no files). Copy the folder again.")
+    if path.read_bytes() != _to_json({"sha256": hashes}).encode():
+        raise ModelFileError(f"{path} is damaged (it is not as it was written). Copy the folder again.")
+    return hashes
+
+
+def _stays_inside(name: str) -> bool:
+    """Return whether a file's name leads to a place below its folder, on any system."""
+    place = PureWindowsPath(name)  # knows both slashes, and drives
+    return not place.anchor and ".." not in place.parts
 
 
 def private_cache(name: str) -> Path:

@@ -122,8 +122,8 @@ def test_another_network_is_refused_by_its_first_tensor(change: dict, tensor: st
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("gone", None, "is no run, model folder or .safetensors file"),
-        ("weights.bin", b"x", "is no run, model folder or .safetensors file"),
+        ("gone", None, "is no run, model folder, .safetensors or .pt file"),
+        ("weights.bin", b"x", "is no run, model folder, .safetensors or .pt file"),
         ("gone.safetensors", None, "cannot be read"),
         ("broken.safetensors", b"12345678{]", "cannot be read"),
     ],

@@ -8,6 +8,7 @@ transparent pixels files keep arbitrary colours that nobody is meant to see.
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -28,8 +29,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = 100_000_000
+# What a small file can make a decoder do for minutes, found by fuzzing: each limit is about a second or two of work.
+MAX_RUN_LENGTH_PIXELS = 10_000_000  # of a BMP in run lengths, which Pillow unpacks in Python
+MAX_SCANNED_PIXELS = 2_000_000_000  # pixels x scans of a JPEG; a scan may be ten bytes and still visits every pixel
+MAX_BLOCKS = 64  # of metadata of one kind, where joining them costs the square of their number, or each unpacks to 1 MB
+SMALL_FILE_BYTES = 2**18  # too few to hold blocks that matter
 
 _ORIENTATION = 0x0112  # EXIF tag
+_BLOCKS = {b"\xff\xd8": re.compile(b"Exif\0\0"), b"\x89P": re.compile(b"iCCP")}  # by how a file begins
+_MANY_SCANS = re.compile(rb"\xff[\xc2\xc3\xc9\xca]")  # JPEG's frame markers but the two of plain Huffman coding
 # Filters of warnings belong to the whole process: without a lock, two threads could leave each other's behind.
 _QUIET = threading.Lock()
 
@@ -98,20 +106,39 @@ def _read(content: bytes | Path) -> bytes:
 
 def _open(data: bytes) -> tuple[Image.Image, int]:
     """Read the header, refuse pictures that are too large, and return the undecoded picture and its orientation."""
+    blocks = _BLOCKS.get(data[:2]) if len(data) > SMALL_FILE_BYTES else None
+    if blocks and len(blocks.findall(data)) > MAX_BLOCKS:
+        raise _LimitError(f"more than {MAX_BLOCKS} blocks of metadata. Save the picture without them.")
+    file = BytesIO(data)
     with _QUIET, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = Image.open(BytesIO(data), formats=FORMATS)
+            image = Image.open(file, formats=FORMATS)
         except Image.DecompressionBombError:
             raise _LimitError(f"far more than {MAX_PIXELS / 1e6:.0f} megapixels. Shrink it.") from None
         if image.width * image.height > MAX_PIXELS:
             megapixels = image.width * image.height / 1e6
             raise _LimitError(f"{megapixels:.0f} megapixels, at most {MAX_PIXELS / 1e6:.0f} are read. Shrink it.")
+        _refuse_slow(data, image, file.tell())
         orientation = 1
         with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the pixels
             found = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info or "xmp" in image.info else 1
             orientation = found if found in range(1, 9) else 1
     return image, orientation
+
+
+def _refuse_slow(data: bytes, image: Image.Image, header_end: int) -> None:
+    """Refuse a picture within the other limits that would keep a decoder busy for minutes."""
+    num_pixels = image.width * image.height
+    if image.format == "BMP" and image.info["compression"] in (1, 2) and num_pixels > MAX_RUN_LENGTH_PIXELS:
+        raise _LimitError(
+            f"{num_pixels / 1e6:.0f} megapixels in run lengths, at most {MAX_RUN_LENGTH_PIXELS / 1e6:.0f} are read. "
+            "Save it as PNG."
+        )
+    if image.format in ("JPEG", "MPO") and _MANY_SCANS.search(data, 0, header_end):
+        num_scans = data.count(b"\xff\xda")  # pixels never hold these bytes, metadata seldom
+        if num_scans * num_pixels > MAX_SCANNED_PIXELS:
+            raise _LimitError(f"{num_scans} scans of {num_pixels / 1e6:.0f} megapixels. Save it as a plain JPEG.")
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, orientation: int, min_side: int | MinSide) -> Pixels | None:

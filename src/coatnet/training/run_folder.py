@@ -19,6 +19,7 @@ from coatnet.data.sources import TABLE_PREFIX, DataSet, fingerprint
 from coatnet.errors import DataError, ModelFileError, TrainingError
 from coatnet.files import read_json, verify_folder, write_atomic, write_json, write_manifest
 from coatnet.record import environment
+from coatnet.weights import check_size
 
 CONFIG, SPLIT, START, MICROBATCH = "config.json", "split.json", "start.json", "microbatch.json"
 RUN_MANIFEST = "run_manifest.json"  # of the first three
@@ -76,11 +77,14 @@ def _is_run(folder: Path) -> bool:
 
 
 def read_config(run: Path) -> TrainConfig:
-    """Return the config of a run. Raises: TrainingError if there is none."""
+    """Return the config of a run. Raises: TrainingError if there is none, ModelFileError if it is not its weights'."""
     if not _is_run(run):
         raise TrainingError(f"{run} holds no run. Name one with --out, or start one without --resume.")
     verify_folder(run, (CONFIG, START), RUN_MANIFEST)
-    return TrainConfig.from_dict(read_json(run / CONFIG))
+    config = TrainConfig.from_dict(read_json(run / CONFIG))
+    if num_bytes := sum(file.stat().st_size for file in run.rglob("*.safetensors")):  # none before the first checkpoint
+        check_size(config.model, num_bytes, run / CONFIG)
+    return config
 
 
 def is_begun(run: Path) -> bool:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coatnet.classifier import load
 from coatnet.config import ModelConfig
-from coatnet.errors import ModelFileError
+from coatnet.errors import ModelFileError, one_line
 from coatnet.model.attention import resize_table
 from coatnet.model.network import CoAtNet
+from coatnet.weights import REAL, SUFFIXES, Tensors, in_words, misfits, read_file
 
 STAGES = ("s0", "s1", "s2", "s3", "s4")
 
@@ -25,20 +24,17 @@ def build(config: ModelConfig, seed: int) -> CoAtNet:
         return CoAtNet(config)
 
 
-def read_weights(source: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
-    """Read the weights of a run folder, a model folder or a safetensors file, and the labels where they are told.
+def read_weights(source: Path) -> tuple[Tensors, tuple[str, ...] | None]:
+    """Read the weights of a run folder, a model folder or a file of tensors, and the labels where they are told.
 
     Raises: ModelFileError.
     """
     if source.is_dir():
         trained = load(source)
         return trained.network.state_dict(), trained.labels
-    if source.suffix != ".safetensors":
-        raise ModelFileError(f"{source} is no run, model folder or .safetensors file. Give one of these.")
-    try:
-        return load_file(source), None
-    except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{source} cannot be read: {error}.") from None
+    if source.suffix not in SUFFIXES:
+        raise ModelFileError(f"{source} is no run, model folder, .safetensors or .pt file. Give one of these.")
+    return read_file(source), None
 
 
 def initialise(network: CoAtNet, source: Path, labels: tuple[str, ...]) -> list[str]:
@@ -55,23 +51,26 @@ def initialise(network: CoAtNet, source: Path, labels: tuple[str, ...]) -> list[
         notes.append(f"the classifier starts anew: {len(wanted['classifier.bias'])} classes")
         found = {**found, **{name: wanted[name] for name in ("classifier.weight", "classifier.bias")}}
     tables = [name for name in wanted if name.endswith("bias.table") and name in found]
-    resized = [name for name in tables if found[name].shape[1:] != wanted[name].shape[1:]]
+    resized = [name for name in tables if _is_other_size(found[name], wanted[name])]
     for name in resized:
         height, width = wanted[name].shape[1:]
-        found[name] = resize_table(found[name], (height, width))
+        found[name] = resize_table(found[name].float(), (height, width))
     if resized:
         notes.append(f"{len(resized)} bias tables were interpolated to {network.config.image_size} px")
-    bad = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
-    bad += [name for name in found if name not in wanted]
-    if bad:
+    if bad := misfits(found, wanted):
         name = bad[0]
-        shapes = [tuple(tensors[name].shape) if name in tensors else "none" for tensors in (found, wanted)]
         raise ModelFileError(
-            f"{source}: {len(bad)} tensors are of another network. {name}: file {shapes[0]}, model {shapes[1]}. "
-            "Give --model the name of the file's network."
+            f"{source}: {len(bad)} tensors are of another network. {one_line(name)}: file {in_words(found, name)}, "
+            f"model {in_words(wanted, name)}. Give --model the name of the file's network."
         )
     network.load_state_dict(found)
     return notes
+
+
+def _is_other_size(found: Tensor, wanted: Tensor) -> bool:
+    """Return whether a bias table has the heads that are wanted, for another grid."""
+    fits = found.dim() == 3 and found.numel() > 0 and found.dtype in REAL and len(found) == len(wanted)
+    return fits and found.shape != wanted.shape
 
 
 def freeze(network: CoAtNet, last_stage: str) -> None:
