@@ -90,7 +90,7 @@ def _set_up(config: TrainConfig, ranks: Ranks, resumes: bool, progress: Progress
         ranks=ranks,
         data=data,
         state=state,
-        model=ranks.wrap(torch.compile(network) if config.compile else for_training(network)),  # pyright: ignore[reportArgumentType]
+        model=ranks.wrap(for_training(network, compiled=config.compile)),
         loader=loader,
         preprocessing=Preprocessing(config.preprocessing),
         listener=progress if ranks.is_first else None,
