@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpu_tables import gpu_section, is_of_a_card
+
 Record = dict[str, Any]
 Row = dict[str, Any]
 # What the project set out to reach for coatnet_0 at 224 px on 2 cores, and of the limit by products; None: no goal.
@@ -20,7 +22,6 @@ GOALS: dict[tuple[str, int | None], tuple[float, float | None]] = {
     ("first prediction, cold shell", None): (2.0, None),
     ("evaluation of 2000 JPEGs, bf16", None): (1.5, None),
 }
-GPU = "On a GPU (inference and training of `coatnet_0` and `coatnet_2` at 224 and 384 px): not run."
 SMALL_ROWS = "Our small rows against timm's `resnet10t` after 20 minutes on Fashion-MNIST, in turns: not run."
 MEMORY_GOALS = {"coatnet": 0.6, "coatnet checkpointed": 0.3}  # of timm eager's
 
@@ -28,7 +29,7 @@ MEMORY_GOALS = {"coatnet": 0.6, "coatnet checkpointed": 0.3}  # of timm eager's
 def speed_section(records: list[Record]) -> str:
     """Return the section on speed; what has no record is "not run"."""
     parts = ["## Speed", speed_table(records), *_memory(_found(records)), *_agreement(records), *_growth(records)]
-    parts += [GPU, SMALL_ROWS, *_hosts(records)]
+    parts += [gpu_section(records), SMALL_ROWS, *_hosts(records)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -61,7 +62,8 @@ def key(row: Row) -> tuple[str, int | None]:
 
 
 def _rows(record: Record) -> list[Row]:
-    return record["figures"]["rows"] if record["kind"] in ("bench infer", "bench train", "bench data") else []
+    rows = record["figures"]["rows"] if record["kind"] in ("bench infer", "bench train", "bench data") else []
+    return [row for row in rows if not is_of_a_card(row)]
 
 
 def _line(*cells: object) -> str:

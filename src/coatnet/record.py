@@ -21,7 +21,7 @@ from coatnet import __version__
 from coatnet.files import write_json
 
 PACKAGES = ("torch", "torchvision", "numpy", "timm", "onnxruntime", "openvino", "nncf", "webdataset", "datasets")
-GIT_TIMEOUT_S = 10
+TOOL_TIMEOUT_S = 10  # for git and the card's own tool to answer
 
 
 def environment() -> dict[str, Any]:
@@ -102,10 +102,13 @@ def _commit() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
+    return _said_by("git", *arguments, folder=folder)
+
+
+def _said_by(*command: str, folder: Path | None = None) -> str | None:
+    """Return what a program prints, or None where it is missing, fails or says nothing."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=True
-        )
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
@@ -121,6 +124,21 @@ def _host() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **(_card() if torch.cuda.is_available() else {}),
+    }
+
+
+def _card() -> dict[str, Any]:
+    """Return what the figures of a card depend on besides its name."""
+    import torch
+
+    driver = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")  # a line for each card
+    return {
+        "gpu_memory_gib": round(torch.cuda.get_device_properties().total_memory / 2**30, 1),
+        "gpu_driver": driver.splitlines()[0] if driver else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": _version("triton"),
     }
 
 

@@ -145,7 +145,7 @@ def test_update_changes_the_weights():
 
 @linux
 def test_memory_of_timm_is_measured_in_a_process_of_its_own():
-    peak = measure_memory("timm eager", SMALL, 2, "bf16", CPU)
+    peak = measure_memory("timm eager", SMALL, 2, "bf16")
     assert peak is not None
     assert peak > 50, f"{peak} MiB with 25 M parameters' gradients and averages"
 

@@ -15,6 +15,8 @@ from coatnet.typed import Device, Json, parse_size, print_json
 from coatnet.zoo import find
 
 if TYPE_CHECKING:
+    import torch
+
     from coatnet.bench.peers import Library
 
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -50,22 +52,23 @@ def infer(
 
     Example: coatnet bench infer --batch 1 --dtype fp32 --against timm
 
+    On a card: coatnet bench infer --device cuda --batch 1,64 --dtype bf16
+
     Parameters
     ----------
     batch: str
         Images at once, with commas.
     dtype: str
-        fp32, bf16, int8, with commas.
+        fp32, bf16, int8, with commas. int8 is measured on the CPU alone.
     """
     config, batches, precisions = config_of(model, image_size), parse_counts(batch), parse_choices(dtype, PRECISIONS)
     libraries = parse_libraries(against)
 
     def rows() -> Rows:
         from coatnet.bench.infer import bench_infer
-        from coatnet.ranks import find_device
 
         return bench_infer(
-            config, batches=batches, precisions=precisions, libraries=libraries, device=find_device(device)
+            config, batches=batches, precisions=precisions, libraries=libraries, device=_take_device(device)
         )
 
     _measure("infer", rows, threads, out, json)
@@ -87,14 +90,15 @@ def train(
     """Compare training: one update of ours with one of timm's, eager and compiled, and the memory that they take.
 
     Example: coatnet bench train --batch 8
+
+    On a card: coatnet bench train --device cuda --batch 128
     """
     config, libraries = config_of(model, image_size), parse_libraries(against)
 
     def rows() -> Rows:
         from coatnet.bench.train import bench_train
-        from coatnet.ranks import find_device
 
-        return [bench_train(config, batch=batch, precision=dtype, libraries=libraries, device=find_device(device))]
+        return [bench_train(config, batch=batch, precision=dtype, libraries=libraries, device=_take_device(device))]
 
     _measure("train", rows, threads, out, json)
 
@@ -216,6 +220,18 @@ def small(
         return bench_small(model, minutes=minutes, num_seeds=seeds, folder=runs)
 
     _measure("small", rows, threads, out, json)
+
+
+def _take_device(name: str) -> torch.device:
+    """Return the device of that name; a card becomes the one that this process computes on."""
+    import torch
+
+    from coatnet.ranks import find_device
+
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+    return device
 
 
 def _measure(kind: str, rows: Callable[[], Rows], threads: int, out: Path | None, json: bool) -> None:

@@ -12,10 +12,14 @@ PROCESS = Path("/proc/self")
 
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
-    """Run `call` and return by how many MiB memory grew at its highest; None where the system does not tell."""
+    """Run `call` and return by how many MiB memory grew at its highest; None where the system does not tell.
+
+    On a card the second of two calls counts: the first may compile, and tries kernels out on memory of its own.
+    """
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.reset_peak_memory_stats(device)
         call()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     try:

@@ -1,8 +1,13 @@
-"""`coatnet bench train`: one update of ours against one of timm's, eager and compiled, and the memory of each."""
+"""`coatnet bench train`: one update of ours against one of timm's, eager and compiled, and the memory of each.
+
+On a card what is compiled runs, ours as timm's, as one CUDA graph of the whole update, so that the card is measured
+and not how fast Python feeds it.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -11,21 +16,23 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coatnet.bench.infer import OURS, limits, lively, random_images
+from coatnet.bench.infer import OURS, limits, lively, random_images, synchronised
 from coatnet.bench.machine import measure_rates, median_rates
 from coatnet.bench.memory import peak_mib
 from coatnet.bench.peers import Library, check_same_answers, check_same_work, timm_twin
 from coatnet.bench.turns import ratio, take_turns
 from coatnet.config import ModelConfig
 from coatnet.errors import CoatnetError
-from coatnet.fast.training import for_training
+from coatnet.fast.training import CUDA_OPTIONS, for_training
 
+LOG = logging.getLogger("coatnet")
 ROUNDS, TURN_S = 3, 4.0
 Update = Callable[[], object]
 FORMS = ("coatnet", "coatnet checkpointed", "timm eager")  # whose memory is measured, each in a process of its own
+WARM_UPS = 3  # before a CUDA graph is recorded
 
 
 def make_update(model: nn.Module, config: ModelConfig, batch: int, precision: str, device: torch.device) -> Update:
@@ -35,7 +42,7 @@ def make_update(model: nn.Module, config: ModelConfig, batch: int, precision: st
         parameter.requires_grad_()
     images = random_images(config, batch, device).to(memory_format=torch.channels_last)
     targets = torch.arange(batch, device=device) % config.num_classes
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True, capturable=device.type == "cuda")
 
     def update() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -43,21 +50,38 @@ def make_update(model: nn.Module, config: ModelConfig, batch: int, precision: st
             logits = model(images)
         F.cross_entropy(logits.float(), targets).backward()
         optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
     return update
 
 
-def _form(name: str, config: ModelConfig) -> nn.Module:
+def record_update(update: Update) -> Update | None:
+    """Record an update as one CUDA graph, which starts all its kernels at once; None where one cannot be recorded."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            update()
+    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.graph(graph):
+            update()
+    except RuntimeError as error:  # some kernel waits for the processor
+        LOG.warning("This update is not recorded as a CUDA graph: %s", str(error).splitlines()[0])
+        return None
+    return graph.replay
+
+
+def _form(name: str, config: ModelConfig, device: torch.device) -> nn.Module:
     """Build the network in one of its forms."""
     model = lively(replace(config, stochastic_depth_rate=0.0))
+    on_cuda = device.type == "cuda"
     if name == "timm eager":
-        return timm_twin(model)
+        return timm_twin(model).to(device)
     if name == "timm compiled":
-        return torch.compile(timm_twin(model), dynamic=False)  # pyright: ignore[reportReturnType]
+        options = CUDA_OPTIONS if on_cuda else None  # the same as ours
+        return torch.compile(timm_twin(model).to(device), dynamic=False, options=options)  # pyright: ignore[reportReturnType]
     model.activation_checkpointing = name.endswith("checkpointed")
-    return for_training(model)
+    return for_training(model.to(device), compiled=on_cuda)
 
 
 def bench_train(
@@ -71,49 +95,71 @@ def bench_train(
 ) -> dict[str, Any]:
     """Measure updates of one batch size; return a row of figures. Raises: as `bench_infer`."""
     names = ["coatnet", *(["timm eager", "timm compiled"] if "timm" in libraries else [])]
-    models = {name: _form(name, config) for name in names}
+    models = {name: _form(name, config, device) for name in names}
     if len(models) > 1:
-        _check_gradients(config, precision)
+        _check_gradients(models, config, batch, precision, device)
     updates = {name: make_update(model, config, batch, precision, device) for name, model in models.items()}
+    memory, recorded = dict[str, float | None](), list[str]()
+    if device.type == "cuda":
+        for name in names:
+            memory[name] = peak_mib(updates[name], device)
+            graph = None if name == "timm eager" else record_update(updates[name])
+            if graph is not None:
+                updates[name] = graph
+                recorded.append(name)
     rates = [measure_rates(precision, device)]
     start = time.perf_counter()
-    timings = take_turns(updates, rounds=rounds, turn_s=TURN_S)
+    calls = {name: synchronised(update, device) for name, update in updates.items()}
+    timings = take_turns(calls, rounds=rounds, turn_s=TURN_S)
     rates.append(measure_rates(precision, device))
     images_per_s = {name: batch / timing.median_s for name, timing in timings.items()}
     best = max((name for name in names if name != OURS), key=lambda name: images_per_s[name], default=None)
     shares = limits(config, median_rates(rates), precision, {name: 3 * value for name, value in images_per_s.items()})
     shares["limit_images_per_s"] /= 3  # a backward pass costs two forward ones
-    memory = {name: measure_memory(name, config, batch, precision, device) for name in FORMS if name in models or best}
+    if device.type == "cpu":
+        memory = {name: measure_memory(name, config, batch, precision) for name in FORMS if name in models or best}
     return {
         "work": f"training {precision}", "model": config.name, "image_size": list(config.image_size), "batch": batch,
-        "threads": torch.get_num_threads(), "images_per_s": images_per_s,
-        "timings": {name: timing.to_dict() for name, timing in timings.items()}, "best_peer": best,
-        "ratio": asdict(ratio(timings[OURS], timings[best])) if best else None, "peak_memory_mib": memory,
-        "seconds": time.perf_counter() - start, **shares,
+        "device": device.type, "cuda_graphs": recorded, "threads": torch.get_num_threads(),
+        "images_per_s": images_per_s, "timings": {name: timing.to_dict() for name, timing in timings.items()},
+        "best_peer": best, "ratio": asdict(ratio(timings[OURS], timings[best])) if best else None,
+        "peak_memory_mib": memory, "seconds": time.perf_counter() - start, **shares,
     }  # fmt: skip
 
 
-def _check_gradients(config: ModelConfig, precision: str) -> None:
-    """Hold one loss and its gradient against timm's, on two images. Raises: DifferentWorkError."""
-    ours, twin = _form("coatnet", config), _form("timm eager", config)
-    check_same_work(lively(config), twin)
-    found: list[torch.Tensor] = []
-    for model in (ours, twin):
-        model.train().requires_grad_()
-        images = random_images(config, 2, torch.device("cpu"))
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(images).float()
-        F.cross_entropy(logits, torch.arange(2)).backward()
-        gradient = next(iter(model.parameters())).grad
-        assert gradient is not None
-        found.append(gradient.flatten())
-    # The first layer's gradient has come through every other layer; bf16 rounds on all that way.
-    check_same_answers(found[0], found[1], "fp32" if precision == "fp32" else "int8", "the gradient")
+def _check_gradients(
+    models: dict[str, nn.Module], config: ModelConfig, batch: int, precision: str, device: torch.device
+) -> None:
+    """Hold a loss's gradient against timm's: of the very forms on a card, of two images on a processor.
+
+    Raises: DifferentWorkError.
+    """
+    ours = lively(config)
+    check_same_work(ours, timm_twin(ours))
+    if device.type == "cpu":
+        models, batch = {name: _form(name, config, device) for name in (OURS, "timm eager")}, 2
+    images = random_images(config, batch, device).to(memory_format=torch.channels_last)
+    want = _first_gradient(models["timm eager"], images, precision)
+    for name, model in models.items():
+        # The first layer's gradient has come through every other layer; bf16 rounds on all that way.
+        tolerance = "fp32" if precision == "fp32" else "int8"
+        check_same_answers(_first_gradient(model, images, precision), want, tolerance, f"the gradient of {name}")
 
 
-def measure_memory(name: str, config: ModelConfig, batch: int, precision: str, device: torch.device) -> float | None:
-    """Return the MiB that updates add to what is resident before, measured in a process of its own."""
-    task = {"name": name, "config": config.to_dict(), "batch": batch, "precision": precision, "device": str(device)}
+def _first_gradient(model: nn.Module, images: Tensor, precision: str) -> Tensor:
+    model.to(memory_format=torch.channels_last).train().requires_grad_()  # pyright: ignore[reportCallIssue]
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(images).float()
+    F.cross_entropy(logits, torch.arange(len(images), device=images.device) % logits.shape[1]).backward()
+    gradient = next(iter(model.parameters())).grad
+    assert gradient is not None
+    model.zero_grad(set_to_none=True)
+    return gradient.flatten()
+
+
+def measure_memory(name: str, config: ModelConfig, batch: int, precision: str) -> float | None:
+    """Return the MiB that updates on the CPU add to what is resident before, measured in a process of its own."""
+    task = {"name": name, "config": config.to_dict(), "batch": batch, "precision": precision}
     command = [sys.executable, "-m", "coatnet.bench.train", json.dumps(task), str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -122,8 +168,8 @@ def measure_memory(name: str, config: ModelConfig, batch: int, precision: str, d
 
 
 def _memory_of(task: dict[str, Any]) -> float | None:
-    config, device = ModelConfig.from_dict(task["config"]), torch.device(task["device"])
-    update = make_update(_form(task["name"], config), config, task["batch"], task["precision"], device)
+    config, device = ModelConfig.from_dict(task["config"]), torch.device("cpu")
+    update = make_update(_form(task["name"], config, device), config, task["batch"], task["precision"], device)
     grown = peak_mib(update, device)  # the first update also makes the optimizer's state: it counts for all alike
     again = peak_mib(update, device)
     return None if grown is None or again is None else max(grown, again)

@@ -1,4 +1,4 @@
-"""Who computes: our own kernels, OpenVINO, torch.compile or the plain network; the fastest at hand that is right."""
+"""Who computes: our own kernels, OpenVINO, CUDA graphs, torch.compile or the plain network; the fastest at hand."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from coatnet import native
 from coatnet.config import Precision
 from coatnet.errors import ConfigError
 from coatnet.fast.calibration import Ranges, measure_ranges
+from coatnet.fast.cuda_form import Graphed
 from coatnet.fast.folding import fold
 from coatnet.fast.packing import Packing
 from coatnet.fast.plan import Plan, why_not
@@ -97,18 +98,29 @@ class _Torch(OptimizedModel):
     def __init__(self, folded: CoAtNet, precision: Precision, *, compiled: bool) -> None:
         super().__init__(folded, precision)
         self.engine = "compiled" if compiled else "plain"
-        self.dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        device = folded.classifier.weight.device
+        self.dtype = _dtype(precision)
         network = folded.to(dtype=self.dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        # CUDA graphs: the many short kernels of one image are launched at once.
-        self.network = (
-            torch.compile(network, mode="reduce-overhead" if device.type == "cuda" else "default", dynamic=False)
-            if compiled
-            else network
-        )
+        self.network = torch.compile(network, dynamic=False) if compiled else network
 
     def _logits(self, images: Tensor) -> Tensor:
-        return self.network(images.to(self.dtype, memory_format=torch.channels_last)).float().clone()
+        return self.network(images.to(self.dtype, memory_format=torch.channels_last)).float()
+
+
+class _Cuda(OptimizedModel):
+    """The folded network compiled for a card. Safe to call from several threads, which then take turns."""
+
+    engine = "CUDA graphs"
+
+    def __init__(self, folded: CoAtNet, precision: Precision) -> None:
+        super().__init__(folded, precision)
+        self.graphed = Graphed(folded, _dtype(precision))
+
+    def _logits(self, images: Tensor) -> Tensor:
+        return self.graphed(images)
+
+
+def _dtype(precision: Precision) -> torch.dtype:
+    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def optimize(
@@ -146,7 +158,7 @@ def _choose(
     if model.classifier.weight.device.type != "cpu":
         if precision == "int8":
             precision, notes = "bf16", ["8 bits are computed on the CPU alone"]
-        made = _Torch(folded, precision, compiled=may_compile)
+        made = _on_accelerator(folded, precision, notes, may_compile=may_compile)
     elif (reason := native.missing(precision) or why_not(model.config)) is None:
         made = _Native(folded, precision, measure_ranges(folded, batches) if precision == "int8" else {})
     else:
@@ -154,6 +166,22 @@ def _choose(
         made = _by_libraries(folded, precision, batches, notes, may_compile=may_compile)
     made.notes = notes
     return made
+
+
+def _on_accelerator(folded: CoAtNet, precision: Precision, notes: list[str], *, may_compile: bool) -> OptimizedModel:
+    """Return the fastest form on the device of the network; say in `notes` what is missing."""
+    if folded.classifier.weight.device.type != "cuda" or not may_compile:
+        return _Torch(folded, precision, compiled=may_compile)
+    if not _has_triton():
+        notes.append("torch.compile finds no Triton, or none that serves this card")
+        return _Torch(folded, precision, compiled=False)
+    return _Cuda(folded, precision)
+
+
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton  # as torch.compile itself looks for it
+
+    return has_triton()
 
 
 def _by_libraries(

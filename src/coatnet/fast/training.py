@@ -1,16 +1,19 @@
-"""The network's form for training on a processor: the same blocks and stem, with fewer passes over memory.
+"""The network's form for training: the same blocks and stem, with fewer passes over memory.
 
-In bf16, where autocast asks for it, a block takes its fused form; everything else, and every other machine, takes the
-readable blocks as they are.
+On a processor, in bf16 where autocast asks for it, a block takes its fused form; on CUDA, compiled, attention is one
+kernel (`flex_attention.py`). Everything else takes the readable blocks as they are.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coatnet import native
 from coatnet.config import Size
+from coatnet.fast.flex_attention import use_flex_attention
 from coatnet.fast.fused_mbconv import Inverted, Weights
 from coatnet.fast.fused_stem import Stemmed, StemWeights
 from coatnet.fast.fused_tokens import HEAD_DIM, Attended, Fed, Linear
@@ -20,11 +23,31 @@ from coatnet.model.layers import ConvStem
 from coatnet.model.mbconv import MBConv
 from coatnet.model.network import CoAtNet
 
+# Attention's tiles are tried out, since the sides of its grids are no powers of two; the large products stay cuBLAS's
+# and cuDNN's, which trying out Triton's for minutes would seldom better.
+CUDA_OPTIONS: dict[str, Any] = {
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "ATEN",
+    "max_autotune_conv_backends": "ATEN",
+}
 NUM_STEM_PARTS = 4  # convolution, norm, GELU, convolution
 
 
-def for_training(network: CoAtNet) -> CoAtNet:
-    """Give the network's blocks, in place, their fused class where the kernels can run; weights and names stay.
+def for_training(network: CoAtNet, *, compiled: bool = False) -> nn.Module:
+    """Return the network in its fastest form for training where its weights lie; weights and names stay.
+
+    `compiled` asks for `torch.compile`; it sees one size of batch and image at a time, as training has them.
+    """
+    if not compiled:
+        return _fuse(network)
+    if network.classifier.weight.device.type != "cuda":
+        return torch.compile(network)  # pyright: ignore[reportReturnType]
+    # Not with CUDA graphs: they would hold gradients in memory that the next microbatch writes to.
+    return torch.compile(use_flex_attention(network), dynamic=False, options=CUDA_OPTIONS)  # pyright: ignore[reportReturnType]
+
+
+def _fuse(network: CoAtNet) -> CoAtNet:
+    """Give the network's blocks, in place, their fused class where the kernels can run.
 
     The fused blocks are used while BatchNorm gathers statistics under bf16 autocast on a processor, and only then.
     """

@@ -125,7 +125,7 @@ def _as_called(network: CoAtNet, config: TrainConfig, ranks: Ranks) -> nn.Module
     """
     if config.shard:
         return network
-    return ranks.wrap(torch.compile(network) if config.compile else for_training(network))  # pyright: ignore[reportArgumentType]
+    return ranks.wrap(for_training(network, compiled=config.compile))
 
 
 def _check_fits(config: TrainConfig, data: DataSet, ranks: Ranks) -> None:
