@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from plan_table import plan_section
+from promise_tables import promise_section
 from speed_tables import limits_section, speed_section, speed_table
 
 from coatnet.family_table import rows
@@ -118,7 +119,7 @@ def training_table(groups: dict[str, list[Record]]) -> str:
 def results_page(groups: dict[str, list[Record]], records: list[Record]) -> str:
     """Return docs/results.md."""
     parts = ["# Results\n", "Written by `python tools/write_results.py` from the records under `results/`.\n"]
-    parts += [speed_section(records), limits_section(records), plan_section(records)]
+    parts += [speed_section(records), limits_section(records), promise_section(records), plan_section(records)]
     parts += ["## Trainings\n", training_table(groups)]
     parts += [f"Fewer than {NUM_SEEDS_WANTED} seeds make no claim: such a run only stands behind a picture.\n"]
     for group in groups.values():
