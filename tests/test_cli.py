@@ -265,7 +265,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("train PICTURES --out new --image-size big", 2, "An image size of 'big' cannot be read. Give it like 224"),
     ("train PICTURES --out new --max-time soon", 2, "A time of 'soon' cannot be read. Give it like 90s, 20m or 1.5h"),
     ("train PICTURES --out new --label-smoothing 2", 2, "label_smoothing is 2.0. It must be at least 0 and below 1"),
-    ("train PICTURES --out new --init absent", 1, "absent is no run, model folder or .safetensors file"),
+    ("train PICTURES --out new --init absent", 1, "absent is no run, model folder, .safetensors or .pt file"),
     ("train PICTURES --out new --init RUN --model coatnet_nano", 1, "tensors are of another network"),
     ("train PICTURES --out new --mixup 0.8 --batch-size 13", 2, "Mixing takes pictures in pairs"),
     ("train PICTURES --out new --holdout 0 --patience 2", 2, "no picture of"),
