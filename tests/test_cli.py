@@ -468,7 +468,7 @@ def test_ctrl_c_leaves_a_usable_run_that_can_be_resumed(pictures: Path, tmp_path
         sys.executable, "-m", "coatnet", "train", str(pictures), "--out", str(run), "--model", "coatnet_pico",
         "--epochs", "40", "--batch-size", "12", "--device", "cpu",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}  # two wait for each other long
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -483,7 +483,7 @@ def test_ctrl_c_leaves_a_usable_run_that_can_be_resumed(pictures: Path, tmp_path
     assert errors == ""
     assert f"Stopped. Go on with: coatnet train --resume --out {run}" in rest
     assert coatnet.load(run).predict(pictures / "bird" / "000.png", k=1)
-    done = shell("train", "--resume", "--out", str(run))
+    done = shell("train", "--resume", "--out", str(run), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert "resumed from step-" in done.stdout
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]

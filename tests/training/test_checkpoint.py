@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from coatnet.config import OptimizerConfig
+from coatnet.errors import ModelFileError
 from coatnet.training import checkpoint
 from coatnet.training.ema import Ema
 from coatnet.training.optimizer import make_optimizers
@@ -77,6 +80,19 @@ def test_round_trip_is_bit_equal_and_goes_on_alike(method: str, tmp_path: Path):
     for one in (state, found):
         update(one)
     assert_equal(tensors_of(found), tensors_of(state))
+
+
+def test_a_checkpoint_of_another_network_is_told_in_words(tmp_path: Path):
+    folder = checkpoint.save(tmp_path, state_at(1))
+    other = build(replace(MODEL, num_classes=5), 0)
+    state = checkpoint.State(other, make_optimizers(other, OptimizerConfig()), Ema(other, 0.9))
+    with pytest.raises(ModelFileError, match=r"classifier\.weight: file \(3, 32\), model \(5, 32\)"):
+        checkpoint.load(folder, state)
+    numbers = json.loads((folder / "state.json").read_text())
+    del numbers["rate"]
+    (folder / "state.json").write_text(json.dumps(numbers))
+    with pytest.raises(ModelFileError, match="has no rate: it is of another version"):
+        checkpoint.load(folder, state_at(0))
 
 
 def test_every_number_of_the_state_is_saved():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from coatnet.errors import ModelFileError
@@ -23,6 +23,7 @@ from coatnet.files import new_folder, read_json, recover, verify_folder, write_a
 from coatnet.ranks import Ranks
 from coatnet.training import sharded
 from coatnet.training.ema import Ema
+from coatnet.weights import in_words, misfits, read_safetensors
 
 NETWORK, OPTIMIZER, AVERAGE = "network.safetensors", "optimizer.safetensors", "ema.safetensors"
 NUMBERS = "state.json"
@@ -175,15 +176,28 @@ def load(folder: Path, state: State) -> None:
     else:
         _load_files(folder, state)
     numbers = read_json(folder / NUMBERS)
+    missing = [name for name in _NUMBERS if name not in numbers]
+    if missing:
+        raise ModelFileError(f"{folder / NUMBERS} has no {missing[0]}: it is of another version. Begin anew.")
     for name in _NUMBERS:
         setattr(state, name, numbers[name])
 
 
 def _load_files(folder: Path, state: State) -> None:
-    state.network.load_state_dict(load_file(folder / NETWORK))
+    _load_network(folder / NETWORK, state.network)
     if state.ema is not None:
-        state.ema.network.load_state_dict(load_file(folder / AVERAGE))
-    _load_optimizer(load_file(folder / OPTIMIZER), state)
+        _load_network(folder / AVERAGE, state.ema.network)
+    _load_optimizer(read_safetensors(folder / OPTIMIZER), state)
+
+
+def _load_network(path: Path, network: nn.Module) -> None:
+    found, wanted = read_safetensors(path), network.state_dict()
+    if bad := misfits(found, wanted):
+        raise ModelFileError(
+            f"{path}: {len(bad)} tensors are of another network. {bad[0]}: file {in_words(found, bad[0])}, "
+            f"model {in_words(wanted, bad[0])}. Begin anew with --overwrite."
+        )
+    network.load_state_dict(found)
 
 
 def _newest_first(run: Path) -> list[Path]:
@@ -202,7 +216,9 @@ def _load_optimizer(tensors: dict[str, Tensor], state: State) -> None:
     for _, place in moments.values():
         place.clear()  # what came after the checkpoint is not of its moment
     for key, tensor in tensors.items():
-        name, kind = key.rsplit("/", 1)
+        name, _, kind = key.rpartition("/")
+        if name not in moments or (tensor.dim() and tensor.shape != moments[name][0].shape):
+            raise ModelFileError(f"The checkpoint's {OPTIMIZER} is of another network: {key}, {tuple(tensor.shape)}.")
         parameter, place = moments[name]
         # Same place as the parameter and, what has its shape, the same memory layout.
         like = parameter if tensor.shape == parameter.shape else tensor
