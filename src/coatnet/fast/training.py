@@ -23,8 +23,8 @@ from coatnet.model.layers import ConvStem
 from coatnet.model.mbconv import MBConv
 from coatnet.model.network import CoAtNet
 
-# Attention's tiles are tried out, since the sides of its grids are no powers of two; the large products stay cuBLAS's
-# and cuDNN's, which trying out Triton's for minutes would seldom better.
+# Attention's tiles are tried out: those that torch takes untried do not fit shared memory beside a bias in fp32 where
+# heads are of 64 or 128. The large products stay cuBLAS's and cuDNN's: to try out Triton's takes minutes.
 CUDA_OPTIONS: dict[str, Any] = {
     "max_autotune": True,
     "max_autotune_gemm_backends": "ATEN",
