@@ -73,7 +73,8 @@ def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def test_train_leaves_a_whole_run_and_says_what_and_why(trained: tuple[Path, str]):
     run, out = trained
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "split.json", "metrics.jsonl", "checkpoints", "model", "evaluation.json", "report.html",
+        "config.json", "split.json", "start.json", "run_manifest.json", "metrics.jsonl", "checkpoints", "model",
+        "evaluation.json", "report.html",
         "record.json",
     }  # fmt: skip
     for line in (

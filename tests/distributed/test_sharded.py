@@ -22,7 +22,7 @@ from torch import Tensor
 from coatnet import zoo
 from coatnet.config import OptimizerConfig, TrainConfig
 from coatnet.errors import ConfigError, ModelFileError
-from coatnet.files import MANIFEST
+from coatnet.files import MANIFEST, write_json
 from coatnet.layout import count
 from coatnet.model.network import CoAtNet
 from coatnet.ranks import Ranks
@@ -241,7 +241,7 @@ def forget(folder: Path, name: str) -> None:
     """Take a file's line out of the manifest."""
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["sha256"][name]
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_json(folder / MANIFEST, manifest)
 
 
 def test_a_missing_shard_is_found_even_if_the_manifest_forgot_it(damaged: Path):

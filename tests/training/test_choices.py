@@ -221,6 +221,7 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {  # flag: what is typed, where it ends
     "precision": ("bf16", "precision", "bf16"),
     "compile": (True, "compile", True),
     "activation_checkpointing": (True, "activation_checkpointing", True),
+    "shard": (True, "shard", True),
     "sync_batch_norm": (True, "sync_batch_norm", True),
     "device": ("cpu", "device", "cpu"),
     "workers": (3, "num_workers", 3),

@@ -9,6 +9,7 @@ import datasets
 import pytest
 
 from coatnet import cli
+from coatnet.data.sources import open_data
 from coatnet.errors import TrainingError
 from coatnet.evaluation.command import evaluate_run
 from coatnet.training import run_folder
@@ -70,7 +71,7 @@ def test_the_commands_take_shards(places: dict[str, Path], monkeypatch, capsys):
 
 def test_a_table_inside_the_run_is_not_overwritten(tmp_path: Path):
     config = config_of("unused", tmp_path / "run")
-    run_folder.begin(config, None)
+    run_folder.begin(config, open_data(write_pictures(tmp_path / "pictures")), 1)
     for data in (tmp_path / "run/table", f"hf:{tmp_path}/run/table", f"{tmp_path}/run/train-{{0..3}}.tar"):
         with pytest.raises(TrainingError, match="which is to be overwritten"):
             run_folder.check(config_of(data, tmp_path / "run"), "overwrite")

@@ -25,8 +25,9 @@ import coatnet
 from coatnet import cli
 from coatnet.bench.memory import peak_mib
 from coatnet.errors import CoatnetError
-from coatnet.files import MANIFEST, write_json
+from coatnet.files import MANIFEST, write_json, write_manifest
 from coatnet.training import start
+from coatnet.training.run_folder import RUN_MANIFEST
 from training.tiny import CLASSES, MODEL, config_of, write_pictures
 from untrusted.folders import Evil, read_header, renew_manifest, safetensors, save_model
 
@@ -371,6 +372,8 @@ def test_a_run_whose_config_asks_for_a_huge_network(
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
     (model / "model.safetensors").rename(run / "checkpoints" / "step-00000001" / "network.safetensors")
     write_json(run / "config.json", values)
+    write_json(run / "start.json", {})
+    write_manifest(run, ["config.json", "start.json"], RUN_MANIFEST)
     grown_mib = peak_mib(lambda: cli.run(["train", "--resume", "--out", str(run)]), torch.device("cpu"))
     said = capsys.readouterr().err
     assert re.search("parameters, but the weights beside it|must be", said), said
