@@ -232,6 +232,7 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {  # flag: what is typed, where it ends
     "on_bad_image": ("stop", "on_bad_image", "stop"),
     "seed": (99, "seed", 99),
 }
+BESIDE: dict[str, dict[str, Any]] = {"shard": {"recipe": "small_scratch"}}  # what else has to be given
 OFF = ("mixup", "cutmix", "ema_decay", "holdout")
 
 
@@ -250,8 +251,9 @@ def test_every_flag_is_in_the_table():
 def test_what_is_typed_reaches_the_config(flag: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # on whatever machine this runs
     typed, path, want = FLAGS[flag]
-    usual, _ = choose_config(str(folders["28"]), "run", {})
-    config, _ = choose_config(str(folders["28"]), "run", TrainFlags(**{flag: typed}).settings())
+    beside = BESIDE.get(flag, {})
+    usual, _ = choose_config(str(folders["28"]), "run", dict(beside))
+    config, _ = choose_config(str(folders["28"]), "run", beside | TrainFlags(**{flag: typed}).settings())
     assert at(config, path) == want
     assert flag == "device" or at(usual, path) != want, "else the table shows nothing"
 
@@ -265,7 +267,7 @@ def test_zero_turns_off(flag: str, folders: dict[str, Path]):
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_what_differs_from_a_run_is_named(flag: str, folders: dict[str, Path]):
-    usual, _ = choose_config(str(folders["28"]), "run", {"device": "cpu"})
+    usual, _ = choose_config(str(folders["28"]), "run", {"device": "cpu", **BESIDE.get(flag, {})})
     given = TrainFlags(**{flag: FLAGS[flag][0]}).settings()
     assert differing(usual, {"seed": 0, "device": "auto", "model": usual.model.name}) == []
     assert differing(usual, given) == ([] if flag == "device" else list(given)) or FLAGS[flag][2] == at(
