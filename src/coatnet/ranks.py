@@ -15,16 +15,19 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from coatnet.errors import ConfigError, LostRankError
 from coatnet.heartbeat import Heartbeat
+
+JOIN_S = 600.0  # a machine may take long to load its programs
 
 
 @dataclass(frozen=True)
@@ -264,10 +267,12 @@ def join(device: str) -> Generator[Ranks]:
         found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(found)
     store, rank, size = next(rendezvous("env://"))
+    token = _agree(store, rank, size)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo", store=store, rank=rank, world_size=size
-    )
-    heartbeat = _begin_heartbeat(rank, size)
+        "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo",
+        store=PrefixStore(token, store), rank=rank, world_size=size,
+    )  # fmt: skip
+    heartbeat = _begin_heartbeat(token, rank, size)
     try:
         yield Ranks(rank, size, found)
         dist.barrier()  # nobody leaves while others may still ask for something
@@ -283,9 +288,39 @@ def join(device: str) -> Generator[Ranks]:
         dist.destroy_process_group()
 
 
-def _begin_heartbeat(rank: int, size: int) -> Heartbeat:
+def _agree(store: Store, rank: int, size: int) -> str:
+    """Return a name that this very group has agreed on; what an earlier one left in the store is under another.
+
+    torchrun's store outlives a restart, and addresses of processes that are gone would be taken for the new ones'. So
+    rank 0 answers what the others ask anew, and goes on when each has heard it. Raises: LostRankError.
+    """
+    question, answer, end_s = uuid4().hex, uuid4().hex, time.monotonic() + JOIN_S
+    if rank:
+        store.set(f"coatnet/question/{rank}", question)
+        while not store.check([f"coatnet/answer/{question}"]):
+            _wait_until(end_s, rank, "rank 0")
+        answer = store.get(f"coatnet/answer/{question}").decode()
+        store.add(f"coatnet/heard/{answer}", 1)
+        return answer
+    answered = set[bytes]()
+    while store.add(f"coatnet/heard/{answer}", 0) < size - 1:
+        for other in range(1, size):
+            if store.check([f"coatnet/question/{other}"]):
+                asked = store.get(f"coatnet/question/{other}")
+                if asked not in answered:
+                    store.set(f"coatnet/answer/{asked.decode()}", answer)
+                    answered.add(asked)
+        _wait_until(end_s, rank, f"all other {size - 1}")
+    return answer
+
+
+def _wait_until(end_s: float, rank: int, whom: str) -> None:
+    if time.monotonic() > end_s:
+        raise LostRankError(f"Rank {rank} has waited {JOIN_S:.0f} s for {whom} to join. Start the group again.")
+    time.sleep(0.02)
+
+
+def _begin_heartbeat(token: str, rank: int, size: int) -> Heartbeat:
     """Begin to listen for the others, over a connection of its own: the group's may be waiting for an answer."""
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    token = torch.tensor(time.time_ns())  # else the beats of a group that is gone would be heard
-    dist.broadcast(token, 0)
-    return Heartbeat(store, rank, size, f"coatnet/heartbeat/{token.item()}")
+    return Heartbeat(store, rank, size, f"coatnet/heartbeat/{token}")

@@ -42,7 +42,7 @@ def train(config: TrainConfig, *, start: run_folder.Start = "new", progress: Pro
     SIGTERM does the same at once, without a look at the pictures set apart.
     Raises: TrainingError, DataError, ConfigError, ModelFileError.
     """
-    with listening() as stop, join(config.device) as ranks:
+    with join(config.device) as ranks, listening() as stop:
         resumes = bool(ranks.first_says(ranks.is_first and run_folder.check(config, start)))
         run = _set_up(config, ranks, stop, resumes, progress)
         if ranks.is_first and not resumes:
