@@ -232,6 +232,34 @@ def test_overwrite_and_resume_by_name(pictures: Path, say):
 
 
 @pytest.mark.usefixtures("workplace")
+def test_a_restart_goes_on_with_its_own_run_alone(pictures: Path, say, monkeypatch: pytest.MonkeyPatch):
+    """torchrun starts a command again that was refused, too: that is no leave to touch a run that was there before."""
+    quick = (
+        pictures,
+        "--out",
+        "run",
+        "--model",
+        "coatnet_pico",
+        "--epochs",
+        0.5,
+        "--batch-size",
+        12,
+        "--device",
+        "cpu",
+    )
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    assert say("train", *quick).status == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = say("train", *quick)
+    assert again.status == 0, again.err
+    assert "resuming run" in again.out
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    refused = say("train", *quick)
+    assert refused.status == 1
+    assert "run is there already. Give --resume" in refused.err
+
+
+@pytest.mark.usefixtures("workplace")
 def test_a_run_is_done_again_and_compared(pictures: Path, say):
     quick = ("--model", "coatnet_pico", "--epochs", 1, "--batch-size", 12, "--mixup", 0.8, "--device", "cpu")
     assert say("train", pictures, "--out", "first", *quick).status == 0

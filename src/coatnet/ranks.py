@@ -231,6 +231,11 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def job_id() -> str | None:
+    """Return torchrun's or Slurm's name of the job that this process is part of; None where nobody supervises it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
+
+
 def was_restarted() -> bool:
     """Return whether torchrun or Slurm started this very command before, and it did not end well."""
     return any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))

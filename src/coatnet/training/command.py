@@ -28,7 +28,7 @@ def train_from_flags(
 ) -> Result:
     """Train as the command line says; `given` holds settings by the config's names. Raises: as `train`."""
     console = _console(quiet)
-    run = _to_go_on_with(data, out, resume or was_restarted())
+    run = _to_go_on_with(data, out, resume)
     if run is not None:
         config = _resumed(run, data, given)
         console.print(f"resuming {config.out}")
@@ -60,11 +60,12 @@ def _console(quiet: bool) -> Console:
 
 
 def _to_go_on_with(data: str | None, out: Path | None, resume: bool) -> Path | None:
-    """Return the run to resume, None where none is asked for or none is begun yet."""
-    if not resume:
+    """Return the run to resume: the one asked for, where it is begun, or what this very job began before a restart."""
+    if not (resume or (data and was_restarted())):
         return None
     run = out or (RUNS / name_of(data) if data else run_folder.newest_run(RUNS))
-    return run if data is None or run_folder.is_begun(run) else None
+    is_there = run_folder.is_begun(run) if resume else run_folder.is_of_this_job(run)
+    return run if data is None or is_there else None
 
 
 def _resumed(run: Path, data: str | None, given: dict[str, Any]) -> TrainConfig:

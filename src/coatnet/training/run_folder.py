@@ -18,6 +18,7 @@ from coatnet.config import TrainConfig
 from coatnet.data.sources import TABLE_PREFIX, DataSet, fingerprint
 from coatnet.errors import DataError, ModelFileError, TrainingError
 from coatnet.files import read_json, verify_folder, write_atomic, write_json, write_manifest
+from coatnet.ranks import job_id
 from coatnet.record import environment
 from coatnet.weights import check_size
 
@@ -59,7 +60,9 @@ def begin(config: TrainConfig, data: DataSet, num_ranks: int) -> None:
     write_json(run / CONFIG, config.to_dict())  # first: it tells whose folder this is; the manifest is last
     if data.split is not None:
         write_json(run / SPLIT, {part: list(names) for part, names in data.split.items()})
-    write_json(run / START, {**environment(), "num_ranks": num_ranks, "data_sha256": fingerprint(data)})
+    write_json(
+        run / START, {**environment(), "job": job_id(), "num_ranks": num_ranks, "data_sha256": fingerprint(data)}
+    )
     write_manifest(run, [name for name in (CONFIG, SPLIT, START) if (run / name).is_file()], RUN_MANIFEST)
 
 
@@ -90,6 +93,11 @@ def read_config(run: Path) -> TrainConfig:
 def is_begun(run: Path) -> bool:
     """Return whether there is a run to go on with."""
     return _is_run(run) and not is_cut_off(run)
+
+
+def is_of_this_job(run: Path) -> bool:
+    """Return whether the very job that this process is part of has begun the run: then a restart may go on with it."""
+    return is_begun(run) and job_id() is not None and read_start(run).get("job") == job_id()
 
 
 def is_cut_off(run: Path) -> bool:
