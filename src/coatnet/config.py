@@ -256,6 +256,11 @@ class AugmentConfig(Config):
     mixup_alpha: float | None = None
     cutmix_alpha: float | None = None
 
+    @property
+    def mixes(self) -> bool:
+        """Whether pictures are mixed in pairs, which stay together."""
+        return self.mixup_alpha is not None or self.cutmix_alpha is not None
+
     def check(self) -> None:
         _check(
             0 < self.crop_min_scale <= 1, f"crop_min_scale is {self.crop_min_scale}", "It must be above 0 and at most 1"

@@ -108,6 +108,3 @@ class FashionMnistImages(ArrayImages):
 
     def __reduce__(self) -> tuple[Callable[..., FashionMnistImages], tuple[Path, str, IntArray]]:
         return images, (find(), self.part, self.rows)
-
-    def take(self, rows: IntArray) -> FashionMnistImages:
-        return FashionMnistImages(self.pixels, self.labels, self.class_names, self.part, self.rows[rows])

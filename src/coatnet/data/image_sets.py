@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -42,6 +42,24 @@ class ImageSet(Protocol):
         ...
 
 
+class ShownRows:
+    """What the sets share of which some rows are shown; they are frozen dataclasses with these fields."""
+
+    labels: IntArray  # (M,) int64, the class of every row
+    rows: IntArray  # (N,) int64, those shown, in order
+
+    @property
+    def targets(self) -> IntArray:
+        return self.labels[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: IntArray) -> Self:
+        """Return the set with these of the rows that it shows."""
+        return replace(self, rows=self.rows[rows])  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
 @dataclass(frozen=True)
 class FolderImages:
     """Image files below a folder."""
@@ -73,7 +91,7 @@ class FolderImages:
 
 
 @dataclass(frozen=True)
-class ArrayImages:
+class ArrayImages(ShownRows):
     """Pictures in memory, of which `rows` are shown."""
 
     pixels: Pixels  # (M, H, W) grey or (M, H, W, 3), uint8
@@ -81,13 +99,6 @@ class ArrayImages:
     class_names: tuple[str, ...]
     part: str  # names are "part/row"
     rows: IntArray  # (N,) int64
-
-    @property
-    def targets(self) -> IntArray:
-        return self.labels[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def name(self, index: int) -> str:
         return f"{self.part}/{self.rows[index]}"
@@ -98,6 +109,3 @@ class ArrayImages:
     def read(self, index: int, *, min_side: int | MinSide = 0) -> Pixels:  # noqa: ARG002 - there is nothing to shrink
         pixels = self.pixels[self.rows[index]]
         return pixels if pixels.ndim == 3 else np.broadcast_to(pixels[:, :, None], (*pixels.shape, 3))
-
-    def take(self, rows: IntArray) -> ArrayImages:
-        return ArrayImages(self.pixels, self.labels, self.class_names, self.part, self.rows[rows])

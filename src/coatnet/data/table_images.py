@@ -9,11 +9,12 @@ from typing import Any
 
 from coatnet.data.decode import MinSide, Pixels, decode, read_size
 from coatnet.data.draws import IntArray
+from coatnet.data.image_sets import ShownRows
 from coatnet.errors import BadImageError
 
 
 @dataclass(frozen=True)
-class TableImages:
+class TableImages(ShownRows):
     """Pictures in rows of a table, of which `rows` are shown. Workers map its files anew."""
 
     table: Any  # datasets.Dataset of the one column
@@ -24,13 +25,6 @@ class TableImages:
     class_names: tuple[str, ...]
     rows: IntArray  # (N,) int64
 
-    @property
-    def targets(self) -> IntArray:
-        return self.labels[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def name(self, index: int) -> str:
         return f"{self.part}/{self.rows[index]}"
 
@@ -39,10 +33,6 @@ class TableImages:
 
     def read(self, index: int, *, min_side: int | MinSide = 0) -> Pixels:
         return decode(self._content(index), name=self.name(index), min_side=min_side)
-
-    def take(self, rows: IntArray) -> TableImages:
-        shown = self.rows[rows]
-        return TableImages(self.table, self.column, self.part, self.folders, self.labels, self.class_names, shown)
 
     def _content(self, index: int) -> bytes | Path:
         """Return a picture's bytes, or its file where the table only names one. Raises: BadImageError."""

@@ -12,13 +12,14 @@ import numpy as np
 from coatnet.data.classes import MAX_CLASSES, class_names_of, to_classes
 from coatnet.data.decode import MAX_FILE_BYTES, MinSide, Pixels, decode, read_size
 from coatnet.data.draws import IntArray
+from coatnet.data.image_sets import ShownRows
 from coatnet.data.tar_index import TarIndex, open_index
 from coatnet.data.tar_shards import Shard, Shards
 from coatnet.errors import BadImageError, DataError
 
 
 @dataclass(frozen=True)
-class TarImages:
+class TarImages(ShownRows):
     """Pictures in shards, of which `rows` of the index are shown. It holds no open file: any process may read."""
 
     shards: tuple[Shard, ...]
@@ -26,13 +27,6 @@ class TarImages:
     labels: IntArray  # (M,) int64, the class of each picture of the index
     class_names: tuple[str, ...]
     rows: IntArray  # (N,) int64
-
-    @property
-    def targets(self) -> IntArray:
-        return self.labels[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def name(self, index: int) -> str:
         return self.index.names[self.rows[index]]
@@ -42,9 +36,6 @@ class TarImages:
 
     def read(self, index: int, *, min_side: int | MinSide = 0) -> Pixels:
         return decode(self._content(index), name=self.name(index), min_side=min_side)
-
-    def take(self, rows: IntArray) -> TarImages:
-        return TarImages(self.shards, self.index, self.labels, self.class_names, self.rows[rows])
 
     def _content(self, index: int) -> bytes:
         """Return a picture's bytes. Raises: BadImageError."""

@@ -95,7 +95,7 @@ class Meeting {
             return;
         }
         for (int64_t turn = 0; number.load(std::memory_order_acquire) == current; turn++) {
-            if (turn < 2000)  // some 60 us: with other programs about, the one waited for may need this very core
+            if (turn < 2000)  // then give way: with other programs about, the one waited for may need this very core
                 _mm_pause();
             else
                 std::this_thread::yield();

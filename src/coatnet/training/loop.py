@@ -140,9 +140,8 @@ def _check_fits(config: TrainConfig, data: DataSet, ranks: Ranks) -> None:
         raise ConfigError(
             f"A batch of {config.global_batch_size} has no equal shares for {ranks.size} ranks. Give a multiple of it."
         )
-    mixes = config.augment.mixup_alpha is not None or config.augment.cutmix_alpha is not None
     held = config.microbatch_size or share
-    if mixes and (share % 2 or held % 2):
+    if config.augment.mixes and (share % 2 or held % 2):
         raise ConfigError(
             f"Mixing takes pictures in pairs, but a rank's share is {share} and a microbatch {held}. Make both even."
         )
@@ -186,7 +185,8 @@ def _train_to_end(run: Run, saver: Saver) -> None:
             _give_up(run, str(error), saver)
         run.is_over = _is_over(run) and not _is_due(run)
         stop = _is_asked_to_stop(run)
-        if has_improved if _keeps_best(run) else is_due or stop:
+        is_to_use = has_improved if _keeps_best(run) else is_due or stop
+        if is_to_use:
             _save_model(run)
         is_time = run.state.elapsed_s - saved_s > run.config.checkpoint_interval_s and not run.state.num_skipped_in_row
         if run.is_over or stop or is_time or (has_improved and run.config.keep_best):
@@ -245,13 +245,10 @@ def _is_over(run: Run) -> bool:
 
 def _is_due(run: Run) -> bool:
     """Return whether an evaluation is to be made now; it follows from the steps alone, in a resumed run too."""
-    interval, evaluated = (
-        run.config.evaluation_interval_epochs,
-        run.state.history[-1]["step"] if run.state.history else 0,
-    )
-    return run.state.step > evaluated and (
-        run.progress() >= 1.0 or run.epoch >= (run.epoch_of(evaluated) // interval + 1) * interval
-    )
+    interval = run.config.evaluation_interval_epochs
+    evaluated = run.state.history[-1]["step"] if run.state.history else 0
+    next_epoch = (run.epoch_of(evaluated) // interval + 1) * interval
+    return run.state.step > evaluated and (run.progress() >= 1.0 or run.epoch >= next_epoch)
 
 
 def _evaluate(run: Run) -> bool:

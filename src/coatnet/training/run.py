@@ -89,11 +89,6 @@ class Run:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     @property
-    def mixes(self) -> bool:
-        """Whether pictures are mixed in pairs, which stay together."""
-        return self.config.augment.mixup_alpha is not None or self.config.augment.cutmix_alpha is not None
-
-    @property
     def microbatch_size(self) -> int:
         """Pictures a rank holds at once."""
         share = self.config.global_batch_size // self.ranks.size

@@ -106,7 +106,7 @@ def _gather_once(run: Run, batch: Batch) -> Tensor:
 
 def _halve(run: Run, batch: Batch) -> None:
     """Take half as many pictures at once from now on. Raises: TrainingError where that is not possible."""
-    held, pairs = min(run.microbatch_size, len(batch)), 2 if run.mixes else 1
+    held, pairs = min(run.microbatch_size, len(batch)), 2 if run.config.augment.mixes else 1
     half = held // 2 // pairs * pairs
     if half == 0:
         raise TrainingError(
