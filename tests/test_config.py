@@ -105,6 +105,8 @@ REFUSALS: list[tuple[Config, dict[str, Any], str, str]] = [  # config, change, w
     (TRAIN, {"num_workers": -1}, "num_workers is -1", "0 or more"),
     (TRAIN, {"seed": -1}, "seed is -1", "0 or more"),
     (TRAIN, {"holdout_percent": 60.0}, "holdout_percent is 60.0", "at most 50"),
+    (TRAIN, {"train_percent": 0.0}, "train_percent is 0.0", "above 0, at most 100"),
+    (TRAIN, {"train_percent": 101.0}, "train_percent is 101.0", "above 0, at most 100"),
     (TRAIN, {"precision": "fp16"}, "precision is 'fp16'", "one of 'fp32', 'bf16'"),
     (TRAIN, {"compile": 1}, "compile is 1", "must be bool"),
     (TRAIN, {"freeze": "S5"}, "freeze is 'S5'", "'S0', 'S1', 'S2', 'S3', 'S4'"),

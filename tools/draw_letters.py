@@ -4,35 +4,33 @@
 
 A typeface family goes whole into train, val or test, so that no letter of a test family was ever seen. Letters are
 turned, moved, scaled, coloured and blurred a little, with noise; everything follows from the names of the fonts.
-Fonts: Debian's fonts-* packages, or any folder below /usr/share/fonts.
+Fonts: Debian's fonts-* packages, or any folder of fonts.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from coatnet.data.typefaces import FONT_FOLDER, find_families, part_of, seed_of
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-NO_LETTERS = ("symbol", "dingbat", "emoji", "math", "icon", "music", "braille", "d050000l", "standardsymbols")
 
 
 def main() -> None:
     """Draw every family's letters into OUT/part/letter/."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"))
+    parser.add_argument("--fonts", type=Path, default=FONT_FOLDER)
     parser.add_argument("--train", type=int, default=60, help="pictures of each letter and train family")
     parser.add_argument("--test", type=int, default=30, help="of each letter and val or test family")
     parser.add_argument("--side", type=int, default=112, help="px")
     wanted = parser.parse_args()
-    families = find_families(wanted.fonts)
-    for family, paths in sorted(families.items()):
+    families = find_families(wanted.fonts, LETTERS)
+    for family, paths in families.items():
         part = part_of(family)
         for number in range(wanted.train if part == "train" else wanted.test):
             for letter in LETTERS:
@@ -43,31 +41,6 @@ def main() -> None:
                 picture.save(folder / f"{family}_{number:03d}.jpg", quality=90)
     counts = {part: sum(part_of(family) == part for family in families) for part in ("train", "val", "test")}
     print(f"{len(families)} families: {counts}")
-
-
-def find_families(folder: Path) -> dict[str, list[Path]]:
-    """Return the font files below a folder that have Latin capitals, by family."""
-    families: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted((*folder.rglob("*.ttf"), *folder.rglob("*.otf"))):
-        try:
-            font = TTFont(path, lazy=True)
-            family = (font["name"].getBestFamilyName() or path.stem).replace(" ", "").replace("/", "")
-            has_letters = {ord(letter) for letter in LETTERS} <= set(font.getBestCmap() or {})
-        except (TTLibError, KeyError, OSError, AssertionError):
-            continue
-        if has_letters and not any(word in family.lower() for word in NO_LETTERS):
-            families[family].append(path)
-    return families
-
-
-def part_of(family: str) -> str:
-    """Return where a family belongs: of ten, eight in train, one in val, one in test."""
-    return ("val", "test", *["train"] * 8)[seed_of(family) % 10]
-
-
-def seed_of(text: str) -> int:
-    """Return a number that follows from a text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def draw(letter: str, path: Path, side: int, rng: np.random.Generator) -> Image.Image:

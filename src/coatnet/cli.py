@@ -184,7 +184,8 @@ def train(
     ----------
     data: str
         Folder of class/picture.jpg, or with train/, val/, test/ of such; tar shards (a folder, or
-        'train-{000..146}.tar'); a folder of parquet files; hf:owner/name; or fashion-mnist.
+        'train-{000..146}.tar'); a folder of parquet files; hf:owner/name; fashion-mnist,
+        digits, or letters (letters:N: N pictures for training).
     out: Path
         Run folder; absent, runs/NAME after the data.
     resume: bool
@@ -232,7 +233,8 @@ def evaluate(
         Run folder or model folder.
     data: str
         Folder of class/picture.jpg, or with train/, val/, test/ of such; tar shards (a folder, or
-        'train-{000..146}.tar'); a folder of parquet files; hf:owner/name; or fashion-mnist.
+        'train-{000..146}.tar'); a folder of parquet files; hf:owner/name; fashion-mnist,
+        digits, or letters (letters:N: N pictures for training).
     part: str
         Which part of the data; absent, test, else val, else everything.
     """

@@ -322,6 +322,7 @@ class TrainConfig(Config):
     ema_decay: float | None = None
     patience_epochs: int | None = None  # stop when validation has not improved for so long
     holdout_percent: float | None = 10.0  # of an unsplit folder's images, for validation; absent: train on everything
+    train_percent: float | None = None  # of the training pictures, class by class; absent: all
     checkpoint_interval_s: float = 300.0
     keep_last: int = 2  # checkpoints
     keep_best: bool = False  # that of the best validation too; one is taken whenever validation improves
@@ -361,6 +362,12 @@ class TrainConfig(Config):
                 0 < self.holdout_percent <= 50,
                 f"holdout_percent is {self.holdout_percent}",
                 "It must be above 0, at most 50",
+            )
+        if self.train_percent is not None:
+            _check(
+                0 < self.train_percent <= 100,
+                f"train_percent is {self.train_percent}",
+                "It must be above 0, at most 100",
             )
         _check(
             len(self.preprocessing.mean) == self.model.in_channels,

@@ -28,7 +28,8 @@ def open_folder(folder: Path) -> dict[str, FolderImages]:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "is not there"
         raise DataError(
-            f"{folder} {what}. Give a folder with one subfolder of pictures a class, tar shards, or fashion-mnist."
+            f"{folder} {what}. Give a folder with one subfolder of pictures a class, tar shards, or the name of a data "
+            "set: fashion-mnist, digits or letters."
         )
     inside = _subfolders(folder)
     parts = [name for name in inside if name.casefold() in PARTS and _holds_classes(folder / name)]

@@ -18,7 +18,7 @@ def hold_out(images: ImageSet, seed: int, percent: float | None) -> dict[str, li
 
     Seed and name alone decide which, so pictures that are added later leave nearly all others where they were.
     """
-    names = [images.name(index) for index in range(len(images))]
+    names = names_of(images)
     if percent is None:
         return {"train": names, "val": []}
     held = set[str]()
@@ -30,6 +30,24 @@ def hold_out(images: ImageSet, seed: int, percent: float | None) -> dict[str, li
         "train": [name for name in names if name not in held],
         "val": [name for name in names if name in held],
     }
+
+
+def keep(images: ImageSet, seed: int, percent: float) -> ImageSet:
+    """Return `percent` of each class, at least one picture, in their order.
+
+    Seed and name alone decide which, and what a smaller share keeps a larger one keeps too.
+    """
+    kept = list[int]()
+    for target in range(len(images.class_names)):
+        members = np.flatnonzero(images.targets == target).tolist()
+        num_kept = max(1, round(len(members) * percent / 100))
+        kept += sorted(members, key=lambda index: _rank(seed, images.name(index)))[:num_kept]
+    return images.take(np.array(sorted(kept), dtype=np.int64))
+
+
+def names_of(images: ImageSet) -> list[str]:
+    """Return what all pictures are called, in their order."""
+    return [images.name(index) for index in range(len(images))]
 
 
 def _rank(seed: int, name: str) -> bytes:

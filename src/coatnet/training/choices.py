@@ -35,7 +35,8 @@ def choose_config(data: str, out: str, given: dict[str, Any]) -> tuple[TrainConf
     """
     given, reasons = dict(given), list[str]()
     holdout = given.get("holdout_percent", 10.0)
-    pictures = open_data(data, seed=given.get("seed", 0), holdout_percent=holdout)
+    seed, share = given.get("seed", 0), given.get("train_percent")
+    pictures = open_data(data, seed=seed, holdout_percent=holdout, train_percent=share)
     num_images, median = len(pictures.train), measure(pictures.train)
     device = _choose_device(given.pop("device", "auto"), reasons)
 

@@ -61,7 +61,13 @@ def _set_up(config: TrainConfig, ranks: Ranks, stop: StopRequest, resumes: bool,
     """Build all that the run works on; it writes nothing."""
     folder = Path(config.out)
     split = run_folder.read_split(folder) if resumes else None
-    data = open_data(config.data, seed=config.seed, holdout_percent=config.holdout_percent, split=split)
+    data = open_data(
+        config.data,
+        seed=config.seed,
+        holdout_percent=config.holdout_percent,
+        train_percent=config.train_percent,
+        split=split,
+    )
     _check_fits(config, data, ranks)
     found, notes = _find_checkpoint(config, data) if resumes else (None, [])
     network = build(config.model, config.seed)
