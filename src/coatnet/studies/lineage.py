@@ -1,0 +1,33 @@
+"""The paper's network against the widespread listing that departs from it, at equal parameters.
+
+The listing's departures stand in `model/listing.py`.
+"""
+
+from __future__ import annotations
+
+from coatnet.config import ModelConfig
+from coatnet.studies.scales import Scale
+from coatnet.studies.study import Claim, Study, Training, trainings_of
+
+SETTING = "usual training"
+
+
+def _trainings(scale: Scale) -> tuple[Training, ...]:
+    models: dict[str, ModelConfig] = {"paper": scale.usual.model, "listing": scale.listing}
+    return trainings_of(models, scale.usual, scale.px, SETTING)
+
+
+def _claims(scale: Scale) -> tuple[Claim, ...]:  # noqa: ARG001 - the same at every scale
+    return (Claim("paper", ">=", "listing", SETTING),)
+
+
+STUDY = Study(
+    name="lineage",
+    title="Lineage",
+    question="Do the departures of the widespread listing cost accuracy, at equal parameters?",
+    source="not in the paper",
+    trainings=_trainings,
+    claims=_claims,
+    paper=("the paper knows nothing of the listing; that its own network is no worse is this project's expectation",),
+    plot="bars",
+)

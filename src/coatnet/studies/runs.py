@@ -1,0 +1,204 @@
+"""The trainings of a study, one run folder each, done once: by this process, by others beside it, on other machines.
+
+OUT/runs/KEY/             the run folder that `coatnet.train` leaves
+OUT/runs/KEY.json         what the study keeps of it; it is written last, so where it is the run is done
+OUT/runs/KEY.json.lock    held by the process that trains it
+
+KEY follows from the config, the seed and what the run starts from: studies that train the same network share its run,
+and a training that was changed is another one. Folders OUT of several machines merge by copying their runs together.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from coatnet.classifier import load
+from coatnet.config import TrainConfig
+from coatnet.data.sources import DataSet, open_data
+from coatnet.errors import TrainingError
+from coatnet.evaluation.metrics import evaluate
+from coatnet.files import read_json, write_json
+from coatnet.studies.study import Training
+from coatnet.training import run_folder
+from coatnet.training.loop import train
+from coatnet.training.run import Progress
+
+WAIT_S = 2.0  # between looks at runs that other processes are doing
+Bits = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study: a training with a seed."""
+
+    training: Training
+    config: TrainConfig  # whole but for folder and machine
+    seed: int
+    key: str
+    start: Cell | None  # whose weights it starts from
+
+    @property
+    def name(self) -> str:
+        return f"{self.training.row}, {self.training.setting}, seed {self.seed}"
+
+
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """Somebody asked a training to stop; what is done is kept."""
+
+
+def cells_of(trainings: Sequence[Training], num_seeds: int, num_classes: Callable[[str], int]) -> list[Cell]:
+    """Return the runs, all rows of a seed before those of the next; `num_classes` knows the classes of each data."""
+    found = dict[tuple[str, str, int], Cell]()
+    for seed in range(num_seeds):
+        for training in trainings:
+            start = None if training.after is None else found[training.row, training.after, seed]
+            model = replace(training.config.model, num_classes=num_classes(training.config.data))
+            config = replace(training.config, model=model, seed=seed)
+            key = _key(training, config, start)
+            found[training.row, training.setting, seed] = Cell(training, config, seed, key, start)
+    return list(found.values())
+
+
+def _key(training: Training, config: TrainConfig, start: Cell | None) -> str:
+    said = json.dumps([config.to_dict(), start.key if start else None], sort_keys=True)
+    words = re.sub(r"[^A-Za-z0-9]+", "-", f"{config.model.name} {config.preprocessing.image_size[0]}px").strip("-")
+    return f"{words}-seed{config.seed}-{hashlib.sha256(said.encode()).hexdigest()[:10]}"
+
+
+def shard_of(cells: Sequence[Cell], index: int, count: int) -> list[Cell]:
+    """Return the index-th of count shares of the runs, index from 1; a run lies with the one that it starts from."""
+    roots = list(dict.fromkeys(_root(cell).key for cell in cells))
+    mine = set(roots[index - 1 :: count])
+    return [cell for cell in cells if _root(cell).key in mine]
+
+
+def _root(cell: Cell) -> Cell:
+    return cell if cell.start is None else _root(cell.start)
+
+
+def result_path(out: Path, cell: Cell) -> Path:
+    """Return where the result of a run is, or will be."""
+    return out / "runs" / f"{cell.key}.json"
+
+
+def is_done(out: Path, cell: Cell) -> bool:
+    return result_path(out, cell).is_file()
+
+
+def read_result(out: Path, cell: Cell) -> dict[str, Any]:
+    """Return the result of a run that is done. Raises: ModelFileError."""
+    return read_json(result_path(out, cell))
+
+
+def do_all(
+    cells: Sequence[Cell], out: Path, device: str, listener: Callable[[Cell], Progress]
+) -> Iterator[Cell]:
+    """Do the runs that nobody has done and yield each when it is there; processes with one OUT divide them.
+
+    `listener` gives what hears of a run's updates. Raises: Stopped, and what `train` raises.
+    """
+    left = list(cells)
+    while left:
+        waiting = list[Cell]()
+        for cell in left:
+            if not is_done(out, cell) and not _try_one(cell, out, device, listener):
+                waiting.append(cell)
+                continue
+            yield cell
+        if len(waiting) == len(left):
+            time.sleep(WAIT_S)
+        left = waiting
+
+
+def _try_one(cell: Cell, out: Path, device: str, listener: Callable[[Cell], Progress]) -> bool:
+    """Do a run unless another process is at it, or it starts from one that is not done; return whether it is done."""
+    if cell.start is not None and not is_done(out, cell.start):
+        return False
+    path = result_path(out, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{path}.lock", timeout=0):
+            if not path.is_file():
+                _do(cell, out, device, listener(cell))
+            return True
+    except Timeout:
+        return False
+
+
+def _do(cell: Cell, out: Path, device: str, progress: Progress) -> None:
+    """Train, from the newest checkpoint where one is left, and write the result."""
+    folder = out / "runs" / cell.key
+    config = replace(
+        cell.config,
+        out=str(folder),
+        device=device,
+        init=None if cell.start is None else str(out / "runs" / cell.start.key),
+    )
+    result = train(config, start="resume" if run_folder.is_begun(folder) else "new", progress=progress)
+    if result.was_interrupted:
+        raise Stopped
+    write_json(result_path(out, cell), _summarise(folder, cell))
+
+
+def _summarise(folder: Path, cell: Cell) -> dict[str, Any]:
+    """Return what a study keeps of a run: its curve, its accuracy, and which pictures it names right."""
+    data = open_data(cell.config.data, seed=cell.seed, holdout_percent=cell.config.holdout_percent)
+    part, correct = _last_look(folder, data)
+    record, history = read_json(folder / "record.json"), read_history(folder)
+    return {
+        "model": cell.config.model.name,
+        "image_size": list(cell.config.preprocessing.image_size),
+        "seed": cell.seed,
+        "part": part,
+        "n": len(correct),
+        "top1_percent": 100 * float(correct.mean()),
+        "correct": pack(correct),
+        "train_loss": history[-1]["train_loss"],
+        "val_loss": history[-1].get("val_loss"),
+        "history": history,
+        "num_params": record["figures"]["num_params"],
+        "gmacs": record["figures"]["gmacs"],
+        "images": round(record["figures"]["steps"] * cell.config.global_batch_size),
+        "seconds": record["seconds"],
+        "commit": record["commit"],
+        "host": record["host"],
+        "versions": record["versions"],
+        "config": record["config"],
+    }
+
+
+def _last_look(folder: Path, data: DataSet) -> tuple[str, Bits]:
+    """Return the part looked at, test where there is one, and which of its pictures are named right, in its order."""
+    part, images = ("test", data.test) if data.test is not None else ("val", data.val)
+    if images is None:
+        raise TrainingError(f"{data.name} has no picture apart from those for training. Give a larger set.")
+    outcome = evaluate(load(folder / "model"), images)
+    return part, outcome.predictions == outcome.targets
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics, one an evaluation."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def pack(bits: Bits) -> str:
+    """Write (N,) bool as base64, eight a byte, the first in the highest place."""
+    return base64.b64encode(np.packbits(bits).tobytes()).decode()
+
+
+def unpack(text: str, n: int) -> Bits:
+    """Read (n,) bool as `pack` writes them."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=n).astype(bool)
+
