@@ -24,6 +24,7 @@ from coatnet.errors import ConfigError
 MODEL = ModelConfig(depths=(2, 2, 3, 5, 2), widths=(64, 96, 192, 384, 768))
 TRAIN = TrainConfig(data="pictures", out="run", model=MODEL)
 VIT = replace(MODEL, layout="vit_rel", depths=(12,), widths=(384,))
+LISTING = replace(MODEL, blocks="listing", head="plain", widths=(128, 128, 256, 512, 1026))
 
 REFUSALS: list[tuple[Config, dict[str, Any], str, str]] = [  # config, change, what was met, what is allowed
     (MODEL, {"layout": "TTCC"}, "layout is 'TTCC'", "C before T"),
@@ -68,6 +69,17 @@ REFUSALS: list[tuple[Config, dict[str, Any], str, str]] = [  # config, change, w
     (MODEL, {"attention": "windows"}, "attention is 'windows'", "one of 'global', 'window', 'linear'"),
     (MODEL, {"mbconv_norm": "group"}, "mbconv_norm is 'group'", "one of 'batch', 'layer'"),
     (MODEL, {"stride_in": "shortcut"}, "stride_in is 'shortcut'", "one of 'expand', 'depthwise'"),
+    (MODEL, {"blocks": "timm"}, "blocks is 'timm'", "one of 'paper', 'listing'"),
+    (MODEL, {"blocks": "listing"}, "head is 'dense' with blocks 'listing'", "must be 'plain' there"),
+    (LISTING, {"layout": "vit_rel", "depths": (5,), "widths": (64,)}, "layout is 'vit_rel' with blocks", "C and T"),
+    (LISTING, {"head_dim": 64}, "head_dim is 64 with blocks 'listing'", "must be 32 there"),
+    (LISTING, {"s3_mbconv": (2, 96)}, "s3_mbconv is (2, 96) with blocks 'listing'", "must be None there"),
+    (LISTING, {"relative_attention": "post"}, "relative_attention is 'post' with blocks", "must be 'pre' there"),
+    (LISTING, {"attention": "window"}, "attention is 'window' with blocks 'listing'", "must be 'global' there"),
+    (LISTING, {"mbconv_norm": "layer"}, "mbconv_norm is 'layer' with blocks 'listing'", "must be 'batch' there"),
+    (LISTING, {"stride_in": "depthwise"}, "stride_in is 'depthwise' with blocks", "must be 'expand' there"),
+    (LISTING, {"stochastic_depth_rate": 0.1}, "stochastic_depth_rate is 0.1 with blocks", "must be 0.0 there"),
+    (LISTING, {"blocks": "paper"}, "An attention stage of 1026 channels has no whole number of heads of 32", "divides"),
     (MODEL, {"name": 5}, "name is 5", "must be str"),
     (PreprocessingConfig(), {"image_size": (0, 5)}, "image_size is (0, 5)", "each 1 to 16384"),
     (PreprocessingConfig(), {"crop_ratio": 0.0}, "crop_ratio is 0.0", "above 0 and at most 1"),

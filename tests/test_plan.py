@@ -243,3 +243,5 @@ def test_bad_requests(words: str, said: str, capsys: pytest.CaptureFixture[str])
 def test_networks_that_are_not_planned_are_named():
     with pytest.raises(ConfigError, match="window attention"):
         record(replace(SMALL, attention="window"), "bf16", "cuda")
+    with pytest.raises(ConfigError, match="blocks 'listing', which cannot be planned"):
+        record(replace(SMALL, blocks="listing", head="plain", head_dim=32), "bf16", "cuda")

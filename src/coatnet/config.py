@@ -20,6 +20,16 @@ Precision = Literal["fp32", "bf16", "int8"]  # what trained ones are used in
 MAX_NUMBER = 2**63  # sizes and counts are multiplied, and shall stay numbers that floats can hold
 MAX_DEPTH = 1000  # blocks a stage; the paper's rows have 42 at most
 MAX_SIDE = 16384  # px of a picture
+LISTING_ONLY: dict[str, object] = {  # the one form that blocks "listing" come in
+    "head_dim": 32,
+    "s3_mbconv": None,
+    "relative_attention": "pre",
+    "attention": "global",
+    "mbconv_norm": "batch",
+    "stride_in": "expand",
+    "head": "plain",
+    "stochastic_depth_rate": 0.0,
+}
 
 
 def _check(holds: bool, met: str, allowed: str) -> None:
@@ -128,6 +138,7 @@ class ModelConfig(Config):
     name: str = "custom"
     depths: tuple[int, ...]  # blocks in S0 .. S4; one number for vit_rel
     widths: tuple[int, ...]  # channels out of S0 .. S4; one number for vit_rel
+    blocks: Literal["paper", "listing"] = "paper"  # "listing": another network of that name (model/listing.py)
     layout: str = "CCTT"  # S1 .. S4: C = MBConv, T = attention; or "vit_rel"
     s3_mbconv: tuple[int, int] | None = None  # (blocks, channels) of MBConv that open S3 (C-6 and C-7)
     strides: tuple[int, ...] = (2, 2, 2, 2, 2)  # of S0 .. S4
@@ -177,7 +188,9 @@ class ModelConfig(Config):
         )
         for name in ("head_dim", "window_size", "patch_size", "in_channels", "num_classes"):
             _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}", "It must be 1 or more")
-        for width in self.attention_widths:
+        if self.blocks == "listing":
+            self._check_listing()
+        for width in self.attention_widths if self.blocks == "paper" else ():
             _check(
                 width % self.head_dim == 0,
                 f"An attention stage of {width} channels has no whole number of heads of {self.head_dim}",
@@ -187,9 +200,16 @@ class ModelConfig(Config):
         _check_rate("stochastic_depth_rate", self.stochastic_depth_rate)
         _check_rate("batch_norm_momentum", self.batch_norm_momentum)
 
+    def _check_listing(self) -> None:
+        """Raise ConfigError for what the listing's blocks have no form for."""
+        _check(self.layout != "vit_rel", "layout is 'vit_rel' with blocks 'listing'", "It must be C and T stages there")
+        for name, only in LISTING_ONLY.items():
+            met = getattr(self, name)
+            _check(met == only, f"{name} is {brief(met)} with blocks 'listing'", f"It must be {only!r} there")
+
     @property
     def attention_widths(self) -> tuple[int, ...]:
-        """Return the widths of the attention stages, which `head_dim` must divide."""
+        """Return the widths of the attention stages, which `head_dim` must divide in the paper's blocks."""
         if self.layout == "vit_rel":
             return self.widths
         return tuple(width for kind, width in zip(self.layout, self.widths[1:], strict=True) if kind == "T")

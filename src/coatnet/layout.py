@@ -11,8 +11,9 @@ from typing import Literal
 
 from coatnet.config import ModelConfig, Size
 
-EXPANSION = 4  # hidden width of MBConv and FFN, over the width out
-SQUEEZE = 4  # width out over the squeeze-excite bottleneck
+EXPANSION = 4  # hidden width of MBConv and FFN, over the width out; in the listing over the width in
+SQUEEZE = 4  # the same width over the squeeze-excite bottleneck
+LISTING_HEADS = 8  # of the listing's attention, at every width
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class BlockSpec:
     stride: int
     grid: Size  # (h, w) of its output at the config's image size
     drop_rate: float  # stochastic depth
+    opens_stage: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def unroll(config: ModelConfig) -> tuple[BlockSpec, ...]:
             opens_stage = not blocks or blocks[-1].stage != stage
             stride = config.strides[stage] if opens_stage and config.layout != "vit_rel" else 1
             drop_rate = config.stochastic_depth_rate * len(blocks) / total
-            blocks.append(BlockSpec(stage, kind, in_dim, width, stride, grid, drop_rate))
+            blocks.append(BlockSpec(stage, kind, in_dim, width, stride, grid, drop_rate, opens_stage))
             in_dim = width
     return tuple(blocks)
 
@@ -78,12 +80,16 @@ def count(config: ModelConfig) -> Counts:
 
 def count_block(config: ModelConfig, block: BlockSpec) -> tuple[int, int]:
     """Count parameters and multiply-adds of one block."""
+    if config.blocks == "listing":
+        return _count_listing_mbconv(block) if block.kind == "C" else _count_listing_transformer(config, block)
     return _count_mbconv(config, block) if block.kind == "C" else _count_transformer(config, block)
 
 
 def count_head(config: ModelConfig) -> tuple[int, int]:
     """Count parameters and multiply-adds of norm, Dense and classifier."""
     dim = config.widths[-1]
+    if config.blocks == "listing":
+        return dim * config.num_classes, dim * config.num_classes
     dense = dim * dim if config.head == "dense" else 0
     num_params = 2 * dim + dense + (dim if dense else 0) + dim * config.num_classes + config.num_classes
     return num_params, dense + dim * config.num_classes
@@ -103,6 +109,8 @@ def count_stem(config: ModelConfig) -> tuple[int, int]:
     norm = 2 * width
     more = config.depths[0] - 1
     weights = (config.in_channels + more * width) * 9 * width
+    if config.blocks == "listing":
+        return weights + config.depths[0] * norm, weights * cells
     return first + more * (norm + 9 * width * width + width), weights * cells
 
 
@@ -156,3 +164,26 @@ def _with_shortcut(block: BlockSpec, num_params: int, macs: int) -> tuple[int, i
         return num_params, macs
     weights = block.in_dim * block.out_dim
     return num_params + weights + block.out_dim, macs + weights * _cells(block.grid)
+
+
+def _count_listing_mbconv(block: BlockSpec) -> tuple[int, int]:
+    hidden, squeezed = EXPANSION * block.in_dim, max(1, block.in_dim // SQUEEZE)
+    by_cell = block.in_dim * hidden + 9 * hidden + hidden * block.out_dim + _listing_shortcut(block)
+    squeeze_excite = 2 * hidden * squeezed
+    norms = 2 * (hidden + hidden + block.out_dim)
+    return by_cell + squeeze_excite + norms, by_cell * _cells(block.grid) + squeeze_excite
+
+
+def _count_listing_transformer(config: ModelConfig, block: BlockSpec) -> tuple[int, int]:
+    cells, dim = _cells(block.grid), block.out_dim
+    inner, hidden = LISTING_HEADS * config.head_dim, EXPANSION * block.in_dim
+    by_cell = 3 * block.in_dim * inner + inner * dim + 2 * dim * hidden + _listing_shortcut(block)
+    biases = dim + hidden + dim
+    norms = 2 * block.in_dim + 2 * dim
+    tables = LISTING_HEADS * _num_offsets(config, block.grid)
+    return by_cell + biases + norms + tables, by_cell * cells + _attention_macs(config, block.grid, inner)
+
+
+def _listing_shortcut(block: BlockSpec) -> int:
+    """Count the weights of the projection, which opens every stage, wider or not."""
+    return block.in_dim * block.out_dim if block.opens_stage else 0

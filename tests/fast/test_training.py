@@ -19,7 +19,7 @@ from coatnet.model.network import CoAtNet
 from model.networks import config_of, images, network
 
 pytestmark = pytest.mark.skipif(native.missing("bf16") is not None, reason=f"{native.missing('bf16')}")
-FUSED = ("CCTT", "CCCC", "TTTT", "both kinds in S3", "few strides", "post")
+FUSED = ("CCTT", "CCCC", "TTTT", "both kinds in S3", "few strides", "post", "listing")
 SIZE = (48, 64)
 
 

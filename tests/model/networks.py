@@ -29,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "layer norm": {"mbconv_norm": "layer"},
     "depthwise stride": {"stride_in": "depthwise"},
     "few strides": {"strides": (1, 2, 1, 2, 1)},
+    "listing": {"blocks": "listing", "head": "plain", "head_dim": 32, "widths": (4, 8, 8, 32, 32)},
 }
 
 

@@ -19,6 +19,7 @@ CHOICES: list[tuple[str, str, dict[str, Any]]] = [  # of a network, what is chan
     ("layout", "CCTT", {"layout": "CCCT"}),
     ("layout", "CCTT", {"layout": "CTTT"}),
     ("layout", "CCTT", {"layout": "TTTT"}),
+    ("blocks", "listing", {"blocks": "paper"}),
     ("depths", "CCTT", {"depths": (2, 1, 2, 1, 1)}),
     ("depths", VIT, {"depths": (6,)}),
     ("widths", "CCTT", {"widths": (4, 8, 16, 16, 16)}),

@@ -14,6 +14,7 @@ from coatnet.model.layers import StochasticDepth
 from coatnet.model.network import CoAtNet
 from model.networks import KINDS, assert_equal, config_of, images, network, statistics
 
+WITH_DEPTH = [kind for kind in KINDS if kind != "listing"]  # which has no stochastic depth
 DEPTH_KINDS = ["CCTT", "CCCC", "vit_rel", "both kinds in S3", "layer norm"]
 
 
@@ -29,7 +30,8 @@ def draws_of(model: CoAtNet, batch: int = 2, seed: int = 4) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpointing_changes_no_bit(kind: str, given: bool):
     """Loss, gradients, running statistics, their count of batches and the generator's state, over two steps."""
-    plain = network(config_of(kind, stochastic_depth_rate=0.5, batch_norm_momentum=0.3), training=True)
+    rate = 0.5 if kind in WITH_DEPTH else 0.0
+    plain = network(config_of(kind, stochastic_depth_rate=rate, batch_norm_momentum=0.3), training=True)
     thrifty = copy.deepcopy(plain)
     thrifty.activation_checkpointing = True
     draws = draws_of(plain) if given else None
@@ -147,7 +149,7 @@ def test_expectation_is_kept():
     torch.testing.assert_close(out[3:], torch.full((7, 2, 3, 3), 1 / 0.7, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_DEPTH)
 def test_rates_grow_linearly_with_depth(kind: str):
     config = config_of(kind, stochastic_depth_rate=0.6)
     rates = [spec.drop_rate for spec in unroll(config)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -48,7 +48,15 @@ FACTS = {
     "coatnet_7": Facts((2_441_973_112, 2_442_984_952, 2_444_188_408), 2.44e9, (None, None, 2586),
                        (457.87, 1383.35, 2538.53), (462.19, 1396.03, 2561.08)),
 }
+LISTING_SIZES = {  # by parameters: depths and widths of the five networks of the listing (model/listing.py)
+    17_788_344:  ((2, 2, 3, 5, 2),   (64, 96, 192, 384, 768)),
+    33_168_192:  ((2, 2, 6, 14, 2),  (64, 96, 192, 384, 768)),
+    55_764_236:  ((2, 2, 6, 14, 2),  (128, 128, 256, 512, 1026)),
+    117_719_488: ((2, 2, 6, 14, 2),  (192, 192, 384, 768, 1536)),
+    203_950_768: ((2, 2, 12, 28, 2), (192, 192, 384, 768, 1536)),
+}
 # fmt: on
+LISTING: dict[str, Any] = {"blocks": "listing", "head": "plain", "head_dim": 32}
 LARGER = [pytest.param(size, marks=pytest.mark.slow) for size in SIZES[1:]]
 CASES = [(name, size) for name in FACTS for size in SIZES]
 
@@ -152,6 +160,17 @@ def test_c6_needs_the_wider_last_stage():
     assert count(narrow).num_params / 1e9 == pytest.approx(1.35, abs=0.01)
 
 
+@pytest.mark.parametrize("want", LISTING_SIZES)
+def test_listing_has_its_own_sizes(want: int):
+    """The parameters that the listing itself has, built as it prints its five sizes."""
+    depths, widths = LISTING_SIZES[want]
+    config = ModelConfig(depths=depths, widths=widths, **LISTING)
+    counted, built = count(config), build(config)
+    assert counted.num_params == want, f"counted as {counted.num_params:,} parameters, the listing has {want:,}"
+    assert built.params == want, f"built with {built.params:,} parameters, the listing has {want:,}"
+    assert built.gmacs == pytest.approx(counted.gmacs, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -170,6 +189,8 @@ def test_c6_needs_the_wider_last_stage():
         {"s3_mbconv": (2, 24)},
         {"in_channels": 1, "num_classes": 7},
         {"depths": (1, 3, 1, 2, 3)},
+        LISTING,
+        {**LISTING, "layout": "TTTT", "strides": (1, 2, 1, 2, 1), "depths": (1, 3, 1, 2, 3)},
     ],
     ids=str,
 )

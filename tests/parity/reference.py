@@ -21,6 +21,8 @@ Weights = dict[str, Tensor]
 class Plain:
     """The network as functions of its weights by name; `training` uses and moves BatchNorm's statistics."""
 
+    batch_norm_eps = 1e-3
+
     def __init__(self, config: ModelConfig, weights: Weights, *, training: bool) -> None:
         self.config = config
         self.weights = weights
@@ -171,7 +173,8 @@ class Plain:
         return self.weights[f"{at}.weight"], self.weights[f"{at}.bias"]
 
     def linear(self, at: str, x: Tensor) -> Tensor:
-        return torch.einsum("...c,dc->...d", x, self.weights[f"{at}.weight"]) + self.weights[f"{at}.bias"]
+        y = torch.einsum("...c,dc->...d", x, self.weights[f"{at}.weight"])
+        return y + self.weights[f"{at}.bias"] if f"{at}.bias" in self.weights else y
 
     def conv(self, at: str, x: Tensor, stride: int = 1) -> Tensor:
         weight = self.weights[f"{at}.weight"]
@@ -202,7 +205,7 @@ class Plain:
             self.weights[f"{at}.running_var"] = (1 - share) * var + share * unbiased
             mean, var = batch_mean, batch_var
         weight, bias = self.affine(at)
-        scale = weight / torch.sqrt(var + 1e-3)
+        scale = weight / torch.sqrt(var + self.batch_norm_eps)
         return (x - mean[:, None, None]) * scale[:, None, None] + bias[:, None, None]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from coatnet.classifier import Classifier
+from coatnet.classifier import Classifier, load
 from coatnet.config import PreprocessingConfig
 from coatnet.data.transforms import Preprocessing
 from coatnet.errors import ModelFileError
@@ -21,7 +21,7 @@ from coatnet.model.network import CoAtNet
 from coatnet.training import start
 from coatnet.training.loop import train
 from model.networks import assert_equal
-from training.tiny import MODEL, config_of
+from training.tiny import MODEL, config_of, history_of
 
 TABLES = [name for name in CoAtNet(MODEL).state_dict() if name.endswith("bias.table")]
 
@@ -77,6 +77,27 @@ def test_other_classes_get_a_new_classifier(source: CoAtNet, model_folder: Path)
     assert torch.equal(network.classifier.weight, fresh)
     rest = {name: tensor for name, tensor in state_of(network).items() if not name.startswith("classifier")}
     assert_equal(rest, {name: state_of(source)[name] for name in rest})
+
+
+def test_a_listing_trains_loads_and_starts_another(pictures: Path, tmp_path: Path):
+    """Two updates, a run folder and back, the fast form, other classes and sizes; the classifier has no bias."""
+    listing = replace(MODEL, blocks="listing", head="plain", head_dim=32, widths=(8, 8, 12, 18, 18))
+    train(config_of(pictures, tmp_path / "run", model=listing, num_epochs=0.5, precision="bf16"))
+    assert history_of(tmp_path / "run")[-1]["step"] == 2
+    trained = load(tmp_path / "run")
+    assert trained.network.config == listing
+    x = torch.randint(0, 256, (3, 3, *MODEL.image_size), dtype=torch.uint8)
+    want = trained.logits(x)
+    trained.optimize()
+    torch.testing.assert_close(trained.logits(x), want, rtol=1e-4, atol=1e-4)
+
+    network = start.build(replace(listing, num_classes=5, image_size=(48, 40)), seed=12)
+    notes = start.initialise(network, tmp_path / "run", tuple("abcde"))
+    assert notes == ["the classifier starts anew: 5 classes", "2 bias tables were interpolated to (48, 40) px"]
+    assert torch.equal(network.s1[0].expand.weight, trained.network.s1[0].expand.weight)
+    network.reset_classifier(7)
+    assert network.classifier.bias is None
+    assert network(torch.zeros(1, 3, 31, 50)).shape == (1, 7)
 
 
 @pytest.mark.parametrize("labels", [("bird", "fish", "newt"), ("frog", "fish", "bird")])

@@ -11,6 +11,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from coatnet.model.listing import ListingMBConv
 from coatnet.model.mbconv import MBConv
 from coatnet.model.network import CoAtNet
 
@@ -27,6 +28,13 @@ def fold(network: CoAtNet) -> CoAtNet:
             block.expand = _before(_after(block.norm, block.expand), block.expand_norm)
             block.depthwise = _before(block.depthwise, block.depthwise_norm)
             block.norm = block.expand_norm = block.depthwise_norm = nn.Identity()
+        elif isinstance(block, ListingMBConv):
+            for name in ("expand", "depthwise", "shrink"):
+                conv, norm = block.get_submodule(name), block.get_submodule(f"{name}_norm")
+                assert isinstance(conv, nn.Conv2d)
+                assert isinstance(norm, nn.BatchNorm2d)
+                block.set_submodule(name, _before(conv, norm))
+                block.set_submodule(f"{name}_norm", nn.Identity())
     return folded.float()
 
 

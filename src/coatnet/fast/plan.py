@@ -1,6 +1,6 @@
 """From a folded network to a plan: the table of operations that the kernels of `coatnet.native` carry out.
 
-Maps lie channels last, one byte, half or word a channel. A network of the paper's design space has a plan if its
+Maps lie channels last, one byte, half or word a channel. A network of the paper's blocks has a plan if its
 attention is global and its MBConv blocks are normed by BatchNorm; `why_not` says what stands against it.
 """
 
@@ -30,6 +30,8 @@ CACHE_LINE, ALIAS = 64, 4096  # bytes; pixels a multiple of ALIAS apart share on
 
 def why_not(config: ModelConfig) -> str | None:
     """Return why a network has no plan, or None if it has one."""
+    if config.blocks != "paper":
+        return f"the kernels have no blocks of the {config.blocks}"
     if config.attention != "global" and "T" in config.layout:
         return f"the kernels have no {config.attention} attention"
     if config.mbconv_norm != "batch" and "C" in config.layout:

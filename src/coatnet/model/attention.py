@@ -149,10 +149,10 @@ class LinearAttention(Attention):
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers with GELU between, hidden width 4 * dim: (B, N, dim) -> the same."""
+    """Two linear layers with GELU between: (B, N, dim) -> the same."""
 
-    def __init__(self, dim: int) -> None:
-        super().__init__(nn.Linear(dim, EXPANSION * dim), nn.GELU(), nn.Linear(EXPANSION * dim, dim))
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__(nn.Linear(dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, dim))
 
 
 class Transformer(nn.Module):
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
         self.pool = Pool() if spec.stride == 2 else nn.Identity()
         self.attention = _attention(config, spec)
         self.ffn_norm = ChannelNorm(spec.out_dim)
-        self.ffn = FeedForward(spec.out_dim)
+        self.ffn = FeedForward(spec.out_dim, EXPANSION * spec.out_dim)
         self.drop = StochasticDepth(spec.drop_rate)
 
     def forward(self, x: Tensor, draws_B2: Tensor | None = None) -> Tensor:

@@ -1,4 +1,8 @@
-"""The network: S0 .. S4 and the head. Source: arXiv 2106.04803 section 2, Tables 3 and 11, appendix A.1."""
+"""The network: S0 .. S4 and the head. Source: arXiv 2106.04803 section 2, Tables 3 and 11, appendix A.1.
+
+With `blocks="listing"` it is another network of the same outline, whose parts `listing.py` holds; its head is the mean
+and a classifier without bias.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,20 @@ from torch.utils.checkpoint import checkpoint
 
 from coatnet.config import ModelConfig
 from coatnet.errors import ConfigError
-from coatnet.layout import unroll
+from coatnet.layout import BlockSpec, unroll
 from coatnet.model.attention import AttentionWeights, Transformer
 from coatnet.model.init import init_weights
 from coatnet.model.layers import LAYER_NORM_EPS, ConvStem, PatchStem
+from coatnet.model.listing import ListingMBConv, ListingStem, ListingTransformer
 from coatnet.model.mbconv import MBConv
+
+Block = MBConv | Transformer | ListingMBConv | ListingTransformer
+KINDS: dict[tuple[str, str], Callable[[ModelConfig, BlockSpec], Block]] = {
+    ("paper", "C"): MBConv,
+    ("paper", "T"): Transformer,
+    ("listing", "C"): ListingMBConv,
+    ("listing", "T"): ListingTransformer,
+}
 
 
 class CoAtNet(nn.Module):
@@ -36,9 +49,10 @@ class CoAtNet(nn.Module):
         self.activation_checkpointing = False
         self.s0 = _stem(config)
         self.s1, self.s2, self.s3, self.s4 = (_stage(config, stage) for stage in (1, 2, 3, 4))
-        self.norm = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS)
+        listing = config.blocks == "listing"
+        self.norm = nn.Identity() if listing else nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS)
         self.pre_logits = nn.Linear(self.num_features, self.num_features) if config.head == "dense" else None
-        self.classifier = nn.Linear(self.num_features, config.num_classes)
+        self.classifier = nn.Linear(self.num_features, config.num_classes, bias=not listing)
         self.num_depth_draws = sum(block.num_branches for block in self.blocks)
         self.apply(partial(init_weights, style=config.init))
 
@@ -48,7 +62,7 @@ class CoAtNet(nn.Module):
         return (self.s0, self.s1, self.s2, self.s3, self.s4)
 
     @property
-    def blocks(self) -> Iterator[MBConv | Transformer]:
+    def blocks(self) -> Iterator[Block]:
         """The blocks of S1 .. S4 in order."""
         for stage in self.stages[1:]:
             yield from stage.children()  # pyright: ignore[reportReturnType]
@@ -92,7 +106,10 @@ class CoAtNet(nn.Module):
         return self.forward_pooled(features.mean(dim=(2, 3)))
 
     def forward_pooled(self, means: Tensor) -> Tensor:
-        """Classify S4's means: LayerNorm, Dense + tanh (head "dense"), classifier: (B, D) -> (B, K)."""
+        """Classify S4's means: LayerNorm, Dense + tanh (head "dense"), classifier: (B, D) -> (B, K).
+
+        The listing has the classifier alone.
+        """
         pooled = self.norm(means)
         return self.classifier(pooled if self.pre_logits is None else torch.tanh(self.pre_logits(pooled)))
 
@@ -126,9 +143,9 @@ class CoAtNet(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Give the network a new classifier for so many classes; everything before it stays."""
-        old = self.classifier.weight
+        old, has_bias = self.classifier.weight, self.config.blocks == "paper"
         self.config = replace(self.config, num_classes=num_classes)
-        self.classifier = nn.Linear(self.num_features, num_classes, device=old.device, dtype=old.dtype)
+        self.classifier = nn.Linear(self.num_features, num_classes, has_bias, device=old.device, dtype=old.dtype)
         init_weights(self.classifier, self.config.init)
 
     def _draws(self, images: Tensor, depth_draws: Tensor | None) -> Iterator[Tensor | None]:
@@ -155,14 +172,13 @@ class CoAtNet(nn.Module):
 def _stem(config: ModelConfig) -> nn.Module:
     if config.layout == "vit_rel":
         return PatchStem(config.in_channels, config.widths[0], config.patch_size)
-    return ConvStem(
-        config.in_channels, config.widths[0], config.depths[0], config.strides[0], config.batch_norm_momentum
-    )
+    kind = ListingStem if config.blocks == "listing" else ConvStem
+    return kind(config.in_channels, config.widths[0], config.depths[0], config.strides[0], config.batch_norm_momentum)
 
 
 def _stage(config: ModelConfig, stage: int) -> nn.Sequential:
-    kinds = {"C": MBConv, "T": Transformer}
-    return nn.Sequential(*(kinds[spec.kind](config, spec) for spec in unroll(config) if spec.stage == stage))
+    specs = [spec for spec in unroll(config) if spec.stage == stage]
+    return nn.Sequential(*(KINDS[config.blocks, spec.kind](config, spec) for spec in specs))
 
 
 def _checkpoint_contexts(block: nn.Module) -> tuple[Any, Any]:

@@ -81,6 +81,8 @@ class Tape:
 
 def record(config: ModelConfig, precision: FloatPrecision, device: DeviceType) -> list[Tape]:
     """Return the tapes of stem, blocks and head in order. Raises: ConfigError for a network that is not planned."""
+    if config.blocks != "paper":
+        raise ConfigError(f"{config.name} has blocks '{config.blocks}', which cannot be planned. Give 'paper' ones.")
     if config.layout == "vit_rel" or config.attention != "global" or config.mbconv_norm != "batch":
         raise ConfigError(
             f"{config.name} ({config.layout}, {config.attention} attention, {config.mbconv_norm} norm) cannot be "

@@ -48,8 +48,8 @@ def initialise(network: CoAtNet, source: Path, labels: tuple[str, ...]) -> list[
     weight = found.get("classifier.weight")
     is_other_size = weight is not None and weight.shape != wanted["classifier.weight"].shape
     if is_other_size or known_labels not in (None, labels):
-        notes.append(f"the classifier starts anew: {len(wanted['classifier.bias'])} classes")
-        found = {**found, **{name: wanted[name] for name in ("classifier.weight", "classifier.bias")}}
+        notes.append(f"the classifier starts anew: {network.config.num_classes} classes")
+        found = {**found, **{name: wanted[name] for name in wanted if name.startswith("classifier.")}}
     tables = [name for name in wanted if name.endswith("bias.table") and name in found]
     resized = [name for name in tables if _is_other_size(found[name], wanted[name])]
     for name in resized:
