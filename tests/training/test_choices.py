@@ -57,6 +57,12 @@ def test_size_and_recipe_follow_the_pictures(
     assert config.model.num_classes == 3
 
 
+def test_length_follows_the_pictures_that_are_kept(folders: dict[str, Path]):
+    config, reasons = choose(folders["28"], train_percent=50.0, holdout_percent=None)
+    assert config.train_percent == 50.0
+    assert "6 training pictures" in reasons, "half of three a class, rounded to two"
+
+
 def test_an_accelerator_affords_more(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(choices, "find_device", lambda _name: torch.device("mps"))
     config, reasons = choose(folders["300"], device="auto")

@@ -20,11 +20,21 @@ import torch
 from coatnet.classifier import load
 from coatnet.config import OptimizerConfig, PreprocessingConfig
 from coatnet.data import fashion_mnist
-from coatnet.errors import BadImageError, ConfigError
+from coatnet.errors import BadImageError, ConfigError, DataError
 from coatnet.training import checkpoint, loop, run
 from coatnet.training.loop import train
 from coatnet.training.run import Tick
-from training.tiny import AUGMENT, CLASSES, MODEL, NO_BATCH_NORM, SIZE, assert_same_end, config_of, history_of
+from training.tiny import (
+    AUGMENT,
+    CLASSES,
+    MODEL,
+    NO_BATCH_NORM,
+    SIZE,
+    assert_same_end,
+    config_of,
+    history_of,
+    write_pictures,
+)
 
 EVERYTHING: dict[str, Any] = {  # whatever draws or keeps something between updates
     "model": replace(MODEL, stochastic_depth_rate=0.3),
@@ -339,6 +349,34 @@ def test_without_holdout_it_trains_on_everything(pictures: Path, tmp_path: Path)
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert (record["n"], record["figures"]["top1_percent"], record["figures"]["steps"]) == (0, None, 5)
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_share_of_the_pictures_is_the_same_share_when_resumed(pictures: Path, tmp_path: Path):
+    whole = config_of(pictures, tmp_path / "whole", train_percent=50.0, global_batch_size=6, checkpoint_interval_s=1e-9)
+    train(whole)
+    split = json.loads((tmp_path / "whole" / "split.json").read_text())
+    assert (len(split["train"]), len(split["val"])) == (27, 6)
+    assert history_of(tmp_path / "whole")[-1]["step"] == 2 * 27 // 6
+    broken = replace(whole, out=str(tmp_path / "broken"))
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(broken, progress=stop_after(5, pull_the_plug))
+    train(broken, start="resume")
+    assert_same_end(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_share_of_divided_pictures_is_the_same_share_when_resumed(tmp_path: Path):
+    write_pictures(tmp_path / "data" / "train")
+    write_pictures(tmp_path / "data" / "val", per_class=2, seed=1)
+    whole = config_of(tmp_path / "data", tmp_path / "whole", train_percent=40.0, checkpoint_interval_s=1e-9)
+    train(whole)
+    assert not (tmp_path / "whole" / "split.json").exists()
+    broken = replace(whole, out=str(tmp_path / "broken"))
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(broken, progress=stop_after(2, pull_the_plug))
+    train(broken, start="resume")
+    assert_same_end(tmp_path / "whole", tmp_path / "broken")
+    with pytest.raises(DataError, match="not those that"):
+        train(replace(broken, train_percent=30.0), start="resume")
 
 
 @pytest.mark.parametrize(("holdout", "part"), [(10.0, "val"), (None, None)])

@@ -57,7 +57,9 @@ def run_study(
             shown.done(cell, read_result(out, cell))
     missing = [cell for cell in cells if not is_done(out, cell)]
     if missing:
-        console.print(f"{len(missing)} runs of other shards are missing. Bring them into {out / 'runs'}, and ask again.")
+        console.print(
+            f"{len(missing)} runs of other shards are missing. Bring them into {out / 'runs'}, and ask again."
+        )
         return None
     return _conclude(study, scale, cells, num_seeds, out, console)
 
@@ -94,9 +96,7 @@ def _conclude(
         "scale": scale.name,
         "data": sorted({cell.config.data for cell in cells}),
         **findings,
-        "runs": [
-            {"row": cell.training.row, "setting": cell.training.setting, **results[cell.key]} for cell in cells
-        ],
+        "runs": [{"row": cell.training.row, "setting": cell.training.setting, **results[cell.key]} for cell in cells],
     }
     if study.measures_costs:
         from coatnet.studies.costs import measure_costs

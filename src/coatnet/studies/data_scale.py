@@ -29,9 +29,7 @@ def _trainings(scale: Scale) -> tuple[Training, ...]:
 
 
 def _claims(scale: Scale) -> tuple[Claim, ...]:  # noqa: ARG001 - the same at every scale
-    return tuple(
-        Claim("CCTT", ">=", other, f"{percent} %") for percent in PERCENTS for other in ("CCCC", "CTTT")
-    )
+    return tuple(Claim("CCTT", ">=", other, f"{percent} %") for percent in PERCENTS for other in ("CCCC", "CTTT"))
 
 
 STUDY = Study(

@@ -87,7 +87,9 @@ def _curve(runs: Group) -> list[dict[str, float]]:
     histories = [run["history"] for run in runs]
     points = list[dict[str, float]]()
     for rows in zip(*histories, strict=False):
-        keys = [key for key in ("epoch", "train_loss", "val_loss", "val_top1_percent") if all(key in row for row in rows)]
+        keys = [
+            key for key in ("epoch", "train_loss", "val_loss", "val_top1_percent") if all(key in row for row in rows)
+        ]
         points.append({key: float(np.mean([row[key] for row in rows])) for key in keys})
     return points
 

@@ -5,6 +5,8 @@ The listing's departures stand in `model/listing.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from coatnet.config import ModelConfig
 from coatnet.studies.scales import Scale
 from coatnet.studies.study import Claim, Study, Training, trainings_of
@@ -13,8 +15,19 @@ SETTING = "usual training"
 
 
 def _trainings(scale: Scale) -> tuple[Training, ...]:
-    models: dict[str, ModelConfig] = {"paper": scale.usual.model, "listing": scale.listing}
+    models = {"paper": scale.usual.model, "listing": _listing(scale)}
     return trainings_of(models, scale.usual, scale.px, SETTING)
+
+
+def _listing(scale: Scale) -> ModelConfig:
+    return replace(
+        scale.usual.model,
+        name="listing",
+        blocks="listing",
+        widths=scale.listing_widths,
+        head="plain",
+        stochastic_depth_rate=0.0,
+    )
 
 
 def _claims(scale: Scale) -> tuple[Claim, ...]:  # noqa: ARG001 - the same at every scale

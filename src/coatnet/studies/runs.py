@@ -102,9 +102,7 @@ def read_result(out: Path, cell: Cell) -> dict[str, Any]:
     return read_json(result_path(out, cell))
 
 
-def do_all(
-    cells: Sequence[Cell], out: Path, device: str, listener: Callable[[Cell], Progress]
-) -> Iterator[Cell]:
+def do_all(cells: Sequence[Cell], out: Path, device: str, listener: Callable[[Cell], Progress]) -> Iterator[Cell]:
     """Do the runs that nobody has done and yield each when it is there; processes with one OUT divide them.
 
     `listener` gives what hears of a run's updates. Raises: Stopped, and what `train` raises.
@@ -161,6 +159,7 @@ def _summarise(folder: Path, cell: Cell) -> dict[str, Any]:
         "model": cell.config.model.name,
         "image_size": list(cell.config.preprocessing.image_size),
         "seed": cell.seed,
+        "data_sha256": run_folder.read_start(folder)["data_sha256"],
         "part": part,
         "n": len(correct),
         "top1_percent": 100 * float(correct.mean()),
@@ -201,4 +200,3 @@ def pack(bits: Bits) -> str:
 def unpack(text: str, n: int) -> Bits:
     """Read (n,) bool as `pack` writes them."""
     return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=n).astype(bool)
-

@@ -31,6 +31,7 @@ class Scale:
     name: ScaleName
     summary: str
     networks: Mapping[str, ModelConfig]  # the five layouts of Figure 1
+    listing_widths: tuple[int, ...]  # with which the listing has the parameters of the usual network
     splits: tuple[tuple[int, int], ...]  # blocks of (S2, S3); the first is the usual one (Table 7)
     px: int  # trained at
     larger_px: int  # fine-tuned at
@@ -141,16 +142,13 @@ SMALL = Scale(
     name="small",
     summary="0.3 M parameters, Fashion-MNIST and letters of typefaces at 28 px: a few hours of two cores for all",
     networks=_SMALL_NETWORKS,
+    listing_widths=(16, 32, 32, 40, 96),
     splits=((2, 4), (1, 5), (3, 3)),
     px=28,
     larger_px=48,  # 384 / 224 of it
     early_px=56,
-    limited=_training(
-        _CCTT, "fashion-mnist", train_percent=10, epochs=16, looks=8, batch=128, optimizer=_UNDECAYED
-    ),
-    abundant=_training(
-        _CCTT, "letters:80000", holdout_percent=2.5, epochs=1, looks=8, batch=128, optimizer=_UNDECAYED
-    ),
+    limited=_training(_CCTT, "fashion-mnist", train_percent=10, epochs=16, looks=8, batch=128, optimizer=_UNDECAYED),
+    abundant=_training(_CCTT, "letters:80000", holdout_percent=2.5, epochs=1, looks=8, batch=128, optimizer=_UNDECAYED),
     usual=_training(
         _CCTT, "fashion-mnist", epochs=1.5, looks=6, batch=128, optimizer=_ADAMW, augment=_SHIFTED, label_smoothing=0.1
     ),
@@ -189,6 +187,7 @@ MEDIUM = Scale(
     name="medium",
     summary="4.8 M parameters, letters or pictures of your own at 64 px: a day of one GPU for all",
     networks=_MEDIUM_NETWORKS,
+    listing_widths=(32, 64, 128, 208, 480),
     splits=((2, 6), (1, 7), (4, 4)),
     px=64,
     larger_px=112,
@@ -233,6 +232,7 @@ PAPER = Scale(
     name="paper",
     summary="25 M parameters, ImageNet at 224 px (give --data): the paper's own setting, for a cluster",
     networks=_PAPER_NETWORKS,
+    listing_widths=(128, 128, 256, 608, 1216),
     splits=((6, 14), (2, 18), (8, 12)),
     px=224,
     larger_px=384,
