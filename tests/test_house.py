@@ -13,7 +13,8 @@ import coatnet
 HOUSE = Path(coatnet.__file__).parent
 FLOORS = (  # top to bottom; a room imports from lower floors or from itself
     ("cli",),
-    ("studies", "bench"),
+    ("studies",),
+    ("bench",),
     ("training", "serving"),
     ("evaluation", "deploy", "plan"),
     ("classifier",),

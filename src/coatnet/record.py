@@ -39,9 +39,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_record(path: Path, **facts: Any) -> None:
-    """Write one run's record, as `make_record` makes it, atomically."""
-    write_json(path, make_record(**facts))
+def write_record(path: Path, **facts: Any) -> dict[str, Any]:
+    """Write one run's record, as `make_record` makes it, atomically, and return it."""
+    record = make_record(**facts)
+    write_json(path, record)
+    return record
 
 
 def make_record(

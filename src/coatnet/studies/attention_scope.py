@@ -45,5 +45,5 @@ STUDY = Study(
     claims=_claims,
     paper=("local attention is slow on accelerators and hurts capacity; linear attention gave no reasonable result",),
     plot="bars",
-    measures_costs=True,
+    measures_speed=True,
 )

@@ -34,5 +34,6 @@ STUDY = Study(
     trainings=_trainings,
     claims=_claims,
     paper=("CoAtNet-2: S2 6, S3 14: 84.1 %", "S2 2, S3 18: 83.4 %", "S2 8, S3 12: 84.0 %"),
+    paper_top1=(("C-2", "S2 6, S3 14", 84.1), ("C-2", "S2 2, S3 18", 83.4), ("C-2", "S2 8, S3 12", 84.0)),
     plot="bars",
 )

@@ -1,8 +1,7 @@
-"""What `coatnet study` does with what was typed: the runs, the findings, the record, the report."""
+"""What `coatnet study` does: the runs, the findings, the record, the page and the picture."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -12,24 +11,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from coatnet.data.sources import open_data
+from coatnet.data.sources import DataSet, open_data
 from coatnet.errors import ConfigError
-from coatnet.layout import count
-from coatnet.plan.estimate import H100_TFLOPS, UTILISATION
 from coatnet.ranks import find_device
 from coatnet.record import write_record
-from coatnet.studies.catalogue import STUDIES, find
-from coatnet.studies.findings import find as find_answers
-from coatnet.studies.findings import group
+from coatnet.studies import catalogue
+from coatnet.studies.cost import in_words, total_macs
 from coatnet.studies.progress import Shown
 from coatnet.studies.runs import Cell, cells_of, do_all, is_done, read_result, shard_of
 from coatnet.studies.scales import DATA_WANTED, SCALES, Scale, ScaleName
 from coatnet.studies.study import Study
 
-FORWARD_AND_BACKWARD = 3  # times the multiply-adds of a forward pass
 
-
-def run_study(
+def do_study(
     name: str,
     *,
     data: str | None,
@@ -44,27 +38,28 @@ def run_study(
 
     Raises: ConfigError for what is unknown or missing; Stopped; what `train` raises.
     """
-    study, scale = find(name), _scale(scale_name, data)
-    _check_packages()
-    trainings = study.trainings(scale)
-    cells = cells_of(trainings, num_seeds, _num_classes)
+    study, scale = catalogue.find(name), _find_scale(scale_name, data)
+    if find_spec("scipy") is None:  # said before hours of training, not after
+        raise ConfigError("A study needs SciPy. Install it with: pip install 'coatnet[studies]'")
+    cells = cells_of(study.trainings(scale), num_seeds, lambda data: len(_opened(data).class_names))
     mine = cells if shard is None else shard_of(cells, *shard)
-    console.print(f"{study.title}: {study.question} ({study.source})")
     left = [cell for cell in mine if not is_done(out, cell)]
-    console.print(f"{len(cells)} runs, {len(mine)} of them here, {len(mine) - len(left)} done. {cost(left)}")
+    console.print(f"{study.title} ({study.source}): {study.question}")
+    console.print(f"{len(cells)} runs, {len(mine)} of them here, {len(mine) - len(left)} done")
+    if left:
+        cost = total_macs((cell.config for cell in left), lambda data: len(_opened(data).train))
+        console.print(f"to do: {in_words(cost)}")
     with Shown(console, len(mine)) as shown:
         for cell in do_all(mine, out, str(find_device(device)), shown.listener):
             shown.done(cell, read_result(out, cell))
-    missing = [cell for cell in cells if not is_done(out, cell)]
+    missing = sum(not is_done(out, cell) for cell in cells)
     if missing:
-        console.print(
-            f"{len(missing)} runs of other shards are missing. Bring them into {out / 'runs'}, and ask again."
-        )
+        console.print(f"{missing} runs of other shares are missing. Copy them into {out / 'runs'}, and ask again.")
         return None
-    return _conclude(study, scale, cells, num_seeds, out, console)
+    return _conclude(study, scale, cells, out, console)
 
 
-def _scale(name: ScaleName, data: str | None) -> Scale:
+def _find_scale(name: ScaleName, data: str | None) -> Scale:
     scale = SCALES[name]
     if data is not None:
         return scale.on(data)
@@ -73,39 +68,37 @@ def _scale(name: ScaleName, data: str | None) -> Scale:
     return scale
 
 
-def _check_packages() -> None:
-    if find_spec("scipy") is None:  # before hours of training, not after
-        raise ConfigError("A study needs SciPy. Install it with: pip install 'coatnet[studies]'")
-
-
 @cache
-def _num_classes(data: str) -> int:
-    return len(open_data(data).class_names)
+def _opened(data: str) -> DataSet:
+    return open_data(data, holdout_percent=None)
 
 
-def _conclude(
-    study: Study, scale: Scale, cells: Sequence[Cell], num_seeds: int, out: Path, console: Console
-) -> dict[str, Any]:
+def _conclude(study: Study, scale: Scale, cells: Sequence[Cell], out: Path, console: Console) -> dict[str, Any]:
     """Write record, page and picture of a study whose runs are all there."""
-    from coatnet.studies.report import write_page, write_picture
+    from coatnet.studies.findings import find_answers, group
+    from coatnet.studies.page import write_page
+    from coatnet.studies.picture import write_picture
 
     results = {cell.key: read_result(out, cell) for cell in cells}
-    findings = find_answers(study, scale, group(cells, lambda cell: results[cell.key]))
     figures = {
         "study": study.name,
         "scale": scale.name,
         "data": sorted({cell.config.data for cell in cells}),
-        **findings,
+        **find_answers(study, scale, group(cells, lambda cell: results[cell.key])),
         "runs": [{"row": cell.training.row, "setting": cell.training.setting, **results[cell.key]} for cell in cells],
     }
-    if study.measures_costs:
-        from coatnet.studies.costs import measure_costs
+    if study.measures_speed:
+        from coatnet.studies.speed import measure_speed
 
-        figures["costs"] = measure_costs(study.trainings(scale))
+        figures["speed"] = measure_speed(study.trainings(scale))
     path = out / f"{study.name}.json"
-    seconds = sum(result["seconds"] for result in results.values())
     record = write_record(
-        path, kind="study", figures=figures, seeds=list(range(num_seeds)), n=len(cells), seconds=seconds
+        path,
+        kind="study",
+        figures=figures,
+        seeds=sorted({cell.seed for cell in cells}),
+        n=len(cells),
+        seconds=sum(result["seconds"] for result in results.values()),
     )
     write_picture(path.with_suffix(".png"), study, record)
     write_page(path.with_suffix(".html"), study, record)
@@ -116,32 +109,25 @@ def _conclude(
 
 def show_answers(record: dict[str, Any], console: Console) -> None:
     """Print the table and the answers."""
-    table = Table("row", "setting", "parameters", "M multiply-adds", "top-1 %", "training loss")
-    for row in record["figures"]["table"]:
+    figures = record["figures"]
+    table = Table("row", "setting", "parameters", "M multiply-adds", "top-1 %", "95 % interval", "training loss")
+    for row in figures["table"]:
         top1 = row["top1_percent"]
+        interval = "one seed" if top1["low"] is None else f"{top1['low']:.2f} to {top1['high']:.2f}"
         table.add_row(
             row["row"], row["setting"], f"{row['num_params']:,}", f"{1000 * row['gmacs']:.1f}",
-            f"{top1['mean']:.2f}" + ("" if top1["deviation"] is None else f" +- {top1['deviation']:.2f}"),
-            f"{row['train_loss']['mean']:.4f}",
+            f"{top1['mean']:.2f}", interval, f"{row['train_loss']['mean']:.4f}",
         )  # fmt: skip
     console.print(table)
-    for answer in record["figures"]["answers"]:
-        console.print(f"{answer['claim']} ({answer['setting']}, {answer['measure']}): {answer['verdict']}")
-
-
-def cost(cells: Sequence[Cell]) -> str:
-    """Say what the runs cost in multiply-adds, and in hours of a GPU by the assumptions of `coatnet plan`."""
-    macs = sum(training_macs(cell) for cell in cells)
-    hours = 2 * macs / (UTILISATION * H100_TFLOPS * 1e12) / 3600
-    return (
-        f"{macs:.2g} multiply-adds: {hours:.2g} hours of an H100 at {UTILISATION:.0%} of its bf16 products."
-        if cells
-        else ""
+    answers = Table(
+        "the paper says", "setting", "measured by", "difference", "95 % interval", "answer", "seeds to tell"
     )
-
-
-def training_macs(cell: Cell) -> float:
-    """Return the multiply-adds of a training."""
-    config = cell.config
-    data = _opened(config.data, config.holdout_percent, config.train_percent)
-    return FORWARD_AND_BACKWARD * 1e9 * count(config.model).gmacs * config.num_epochs * data
+    for answer in figures["answers"]:
+        difference = answer["difference"]
+        interval = "one seed" if difference["low"] is None else f"{difference['low']:+.2f} to {difference['high']:+.2f}"
+        seeds = "" if answer["verdict"] != "cannot tell" else answer["seeds_that_would_tell"] or "over 1000"
+        answers.add_row(
+            answer["claim"], answer["setting"], answer["measure"], f"{difference['mean']:+.2f}", interval,
+            answer["verdict"], str(seeds),
+        )  # fmt: skip
+    console.print(answers)

@@ -51,5 +51,11 @@ STUDY = Study(
         "CoAtNet-2: heads of 32 84.1 %, of 64 83.9 %; BatchNorm 84.1 %, LayerNorm 84.1 %",
         "stride in 1x1 / in depthwise: C-0 81.6 / 82.0 %, C-1 83.3 / 83.5 %, C-2 84.1 / 84.1 %",
     ),
+    paper_top1=(
+        ("C-2", BASE, 84.1),
+        ("C-2", "heads of 64", 83.9),
+        ("C-2", "LayerNorm", 84.1),
+        ("C-2", "stride in depthwise", 84.1),
+    ),
     plot="bars",
 )

@@ -27,7 +27,7 @@ def group(cells: Sequence[Cell], read: Callable[[Cell], Result]) -> Groups:
     return found
 
 
-def find(study: Study, scale: Scale, groups: Groups) -> dict[str, Any]:
+def find_answers(study: Study, scale: Scale, groups: Groups) -> dict[str, Any]:
     """Return the findings as plain JSON data."""
     return {
         "table": [_row(name, setting, runs) for (name, setting), runs in groups.items()],

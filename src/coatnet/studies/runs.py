@@ -14,6 +14,7 @@ import base64
 import hashlib
 import json
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +58,10 @@ class Cell:
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
     """Somebody asked a training to stop; what is done is kept."""
 
+    def __init__(self, by: signal.Signals) -> None:
+        super().__init__(by.name)
+        self.by = by
+
 
 def cells_of(trainings: Sequence[Training], num_seeds: int, num_classes: Callable[[str], int]) -> list[Cell]:
     """Return the runs, all rows of a seed before those of the next; `num_classes` knows the classes of each data."""
@@ -66,12 +71,12 @@ def cells_of(trainings: Sequence[Training], num_seeds: int, num_classes: Callabl
             start = None if training.after is None else found[training.row, training.after, seed]
             model = replace(training.config.model, num_classes=num_classes(training.config.data))
             config = replace(training.config, model=model, seed=seed)
-            key = _key(training, config, start)
+            key = _key(config, start)
             found[training.row, training.setting, seed] = Cell(training, config, seed, key, start)
     return list(found.values())
 
 
-def _key(training: Training, config: TrainConfig, start: Cell | None) -> str:
+def _key(config: TrainConfig, start: Cell | None) -> str:
     said = json.dumps([config.to_dict(), start.key if start else None], sort_keys=True)
     words = re.sub(r"[^A-Za-z0-9]+", "-", f"{config.model.name} {config.preprocessing.image_size[0]}px").strip("-")
     return f"{words}-seed{config.seed}-{hashlib.sha256(said.encode()).hexdigest()[:10]}"
@@ -145,8 +150,8 @@ def _do(cell: Cell, out: Path, device: str, progress: Progress) -> None:
         init=None if cell.start is None else str(out / "runs" / cell.start.key),
     )
     result = train(config, start="resume" if run_folder.is_begun(folder) else "new", progress=progress)
-    if result.was_interrupted:
-        raise Stopped
+    if result.stopped_by is not None:
+        raise Stopped(result.stopped_by)
     write_json(result_path(out, cell), _summarise(folder, cell))
 
 

@@ -171,7 +171,7 @@ def _toy(config: TrainConfig) -> TrainConfig:
 TOY = replace(
     SMALL,
     name="toy",
-    summary="the same networks on scikit-learn's digits at 8 px: seconds, to see a study work; its answers mean nothing",
+    summary="the same networks on scikit-learn's digits at 8 px: a minute, to see one work; its answers mean nothing",
     px=8,
     larger_px=16,
     early_px=16,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from coatnet.config import ModelConfig, TrainConfig
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 Relation = Literal[">>", ">", ">=", "~"]
 Measure = Literal["top1_percent", "train_loss"]
 
-# Fixed before any run, in points of accuracy and in nats of loss. Figures that the paper calls about equal lie up to 0.2
-# points apart (Tables 7 to 9, C-2); small test sets and few seeds resolve less, so the margin is wider.
+# Fixed before any run, in points of accuracy and in nats of loss. Figures that the paper calls about equal lie up to
+# 0.2 points apart (Tables 7 to 9, C-2); small test sets and few seeds resolve less, so the margin is wider.
 ABOUT_EQUAL: dict[Measure, float] = {"top1_percent": 0.5, "train_loss": 0.02}
 MUCH: dict[Measure, float] = {"top1_percent": 2.0, "train_loss": 0.1}
 
@@ -58,9 +58,9 @@ class Study:
     trainings: Callable[[Scale], tuple[Training, ...]]
     claims: Callable[[Scale], tuple[Claim, ...]]
     paper: tuple[str, ...]  # what the paper found, a line each
-    paper_rows: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict[str, Mapping[str, float | str]])
-    plot: Literal["curves", "bars", "data", "costs"]
-    measures_costs: bool = False  # speed and memory of a training update, too
+    paper_top1: tuple[tuple[str, str, float], ...] = ()  # (setting, row, percent) that the paper prints
+    plot: Literal["curves", "bars", "data"]
+    measures_speed: bool = False  # and memory, of a training update
 
 
 def chain(text: str, setting: str, measure: Measure = "top1_percent") -> tuple[Claim, ...]:

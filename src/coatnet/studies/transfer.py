@@ -36,5 +36,11 @@ STUDY = Study(
     trainings=_trainings,
     claims=_claims,
     paper=("JFT to ImageNet-1K at 224 px: CCTT 82.39 %, CTTT 81.78 %", "at 384 px: CCTT 84.23 %, CTTT 84.02 %"),
+    paper_top1=(
+        ("224 px", "CCTT", 82.39),
+        ("224 px", "CTTT", 81.78),
+        ("384 px", "CCTT", 84.23),
+        ("384 px", "CTTT", 84.02),
+    ),
     plot="bars",
 )

@@ -1,0 +1,49 @@
+"""What a study costs before it is begun. Reading, evaluation and a small network's overhead are not in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from coatnet.config import TrainConfig
+from coatnet.layout import count
+from coatnet.plan.estimate import DATA, H100_TFLOPS, UTILISATION
+from coatnet.studies.scales import DATA_WANTED
+
+NUM_IMAGES = {
+    "fashion-mnist": 60_000,
+    "digits": 1_438,
+    DATA_WANTED: DATA["imagenet_1k"].num_images,
+}  # for training, before any are set apart
+FORWARD_AND_BACKWARD = 3  # times the multiply-adds of a forward pass
+
+
+def known_num_images(data: str) -> int:
+    """Return how many pictures for training a data set has, without opening it."""
+    name, _, number = data.partition(":")
+    return int(number) if number.isdigit() else NUM_IMAGES[name]
+
+
+def images_seen(config: TrainConfig, num_images: int) -> float:
+    """Return how many pictures a training sees, of so many that the data set has for training."""
+    share = (1 - (config.holdout_percent or 0) / 100) * (config.train_percent or 100) / 100
+    return config.num_epochs * share * num_images
+
+
+def total_macs(configs: Iterable[TrainConfig], num_images: Callable[[str], int]) -> float:
+    """Return the multiply-adds of these trainings, forward and backward."""
+    return sum(
+        FORWARD_AND_BACKWARD * 1e9 * count(config.model).gmacs * images_seen(config, num_images(config.data))
+        for config in configs
+    )
+
+
+def gpu_hours(macs: float) -> float:
+    """Return hours of an H100 under the assumptions of `coatnet plan`."""
+    return 2 * macs / (UTILISATION * H100_TFLOPS * 1e12) / 3600
+
+
+def in_words(macs: float) -> str:
+    """Put a cost into words; hours of a GPU where there are any."""
+    words = f"{macs / 1e12:,.0f} T multiply-adds" if macs >= 1e12 else f"{macs / 1e9:,.0f} G multiply-adds"
+    hours = gpu_hours(macs)
+    return words + (f", {hours:,.0f} GPU-hours as `coatnet plan` counts for an H100" if hours >= 1 else "")
