@@ -11,7 +11,8 @@ from coatnet.studies.scales import DATA_WANTED
 
 NUM_IMAGES = {
     "fashion-mnist": 60_000,
-    "digits": 1_438,
+    "digits": 1_416,
+    "letters": 100_000,
     DATA_WANTED: DATA["imagenet_1k"].num_images,
 }  # for training, before any are set apart
 FORWARD_AND_BACKWARD = 3  # times the multiply-adds of a forward pass

@@ -148,14 +148,14 @@ SMALL = Scale(
     larger_px=48,  # 384 / 224 of it
     early_px=56,
     limited=_training(_CCTT, "fashion-mnist", train_percent=10, epochs=16, looks=8, batch=128, optimizer=_UNDECAYED),
-    abundant=_training(_CCTT, "letters:80000", holdout_percent=2.5, epochs=1, looks=8, batch=128, optimizer=_UNDECAYED),
+    abundant=_training(_CCTT, "letters", holdout_percent=2.5, epochs=1, looks=8, batch=128, optimizer=_UNDECAYED),
     usual=_training(
         _CCTT, "fashion-mnist", epochs=1.5, looks=6, batch=128, optimizer=_ADAMW, augment=_SHIFTED, label_smoothing=0.1
     ),
     fine_tuned=_training(
         _CCTT, "fashion-mnist", epochs=0.2, looks=2, batch=128, optimizer=_GENTLE, augment=_SHIFTED, label_smoothing=0.1
     ),
-    pretraining_data="letters:80000",
+    pretraining_data="letters",
 )
 
 
