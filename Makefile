@@ -7,9 +7,11 @@ DEMO := demo
 LETTERS := letters
 LETTERS_RECIPE := --recipe tiny_pictures --flip-rate 0 --ema-decay 0 --overwrite
 
+STUDIES := generalisation lineage relative-attention capacity data-scale
+
 BENCH_READY := $(VENV)/.bench-ready
 
-.PHONY: demo bench bench-growth bench-int8 test test-slow check format clean
+.PHONY: demo bench bench-growth bench-int8 studies test test-slow check format clean
 
 $(READY):
 	$(BIN)/python --version 2>&1 | grep -qxF "$$($(PYTHON) --version)" || $(PYTHON) -m venv --clear $(VENV)
@@ -45,6 +47,14 @@ bench-int8: $(BENCH_READY)  ## train coatnet_0 on letters of the system's typefa
 	$(BIN)/coatnet train $(LETTERS)/pictures --out $(LETTERS)/run112 --init $(LETTERS)/run64 --image-size 112 --batch-size 96 --max-time 16m $(LETTERS_RECIPE)
 	$(BIN)/coatnet train $(LETTERS)/pictures --out $(LETTERS)/run224 --init $(LETTERS)/run112 --image-size 224 --batch-size 64 --max-time 16m $(LETTERS_RECIPE)
 	$(BIN)/coatnet bench agreement $(LETTERS)/run224 $(LETTERS)/pictures --out results/bench_agreement.json
+	$(BIN)/python tools/write_results.py
+
+studies: $(READY)  ## the tables and pictures of docs/findings.md; goes on where it was ended
+	for study in $(STUDIES); do \
+	  $(BIN)/coatnet study $$study --out studies && \
+	  cp studies/$$study.json results/study_$$(echo $$study | tr - _).json && \
+	  cp studies/$$study.png docs/study_$$(echo $$study | tr - _).png || exit 1; \
+	done
 	$(BIN)/python tools/write_results.py
 
 test: check  ## the whole suite but the slow part

@@ -1,4 +1,4 @@
-"""Write docs/results.md and the README's tables from the records under results/ and the family's rows.
+"""Write docs/results.md and the tables of README and docs/findings.md, from the records and the family's rows.
 
 python tools/write_results.py            writes
 python tools/write_results.py --check    exits 1 if what stands there is out of date
@@ -17,6 +17,7 @@ from typing import Any
 from plan_table import plan_section
 from promise_tables import promise_section
 from speed_tables import limits_section, speed_section, speed_table
+from study_tables import study_records, study_tables
 
 from coatnet.family_table import rows
 
@@ -33,7 +34,14 @@ def main() -> None:
     readme = fill((ROOT / "README.md").read_text(), "family", family_table())
     readme = fill(readme, "measured", training_table(repeated))
     readme = fill(readme, "speed", speed_table(records) + "\n")
-    texts = {ROOT / "README.md": readme, ROOT / "docs" / "results.md": results_page(groups, records)}
+    findings, studies = (ROOT / "docs" / "findings.md").read_text(), study_records(records)
+    for name in re.findall(r"<!-- study ([\w-]+):", findings):
+        findings = fill(findings, f"study {name}", study_tables(studies.get(name)) + "\n")
+    texts = {
+        ROOT / "README.md": readme,
+        ROOT / "docs" / "results.md": results_page(groups, records),
+        ROOT / "docs" / "findings.md": findings,
+    }
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
     if "--check" in sys.argv:
         sys.exit(f"out of date: {', '.join(path.name for path in stale)}" if stale else 0)

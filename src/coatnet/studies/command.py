@@ -21,6 +21,7 @@ from coatnet.studies.progress import Shown
 from coatnet.studies.runs import Cell, cells_of, do_all, is_done, read_result, shard_of
 from coatnet.studies.scales import DATA_WANTED, SCALES, Scale, ScaleName
 from coatnet.studies.study import Study
+from coatnet.training.allocator import keep_freed_memory
 
 
 def do_study(
@@ -41,6 +42,7 @@ def do_study(
     study, scale = catalogue.find(name), _find_scale(scale_name, data)
     if find_spec("scipy") is None:  # said before hours of training, not after
         raise ConfigError("A study needs SciPy. Install it with: pip install 'coatnet[studies]'")
+    keep_freed_memory()
     cells = cells_of(study.trainings(scale), num_seeds, lambda data: len(_opened(data).class_names))
     mine = cells if shard is None else shard_of(cells, *shard)
     left = [cell for cell in mine if not is_done(out, cell)]
@@ -54,7 +56,8 @@ def do_study(
             shown.done(cell, read_result(out, cell))
     missing = sum(not is_done(out, cell) for cell in cells)
     if missing:
-        console.print(f"{missing} runs of other shares are missing. Copy them into {out / 'runs'}, and ask again.")
+        what = "run" if missing == 1 else "runs"
+        console.print(f"{missing} {what} of other shares missing. Copy them into {out / 'runs'}, and ask again.")
         return None
     return _conclude(study, scale, cells, out, console)
 

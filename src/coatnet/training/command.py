@@ -14,6 +14,7 @@ from coatnet.errors import ConfigError
 from coatnet.evaluation.tables import interval_text
 from coatnet.ranks import is_first_rank, was_restarted
 from coatnet.training import run_folder
+from coatnet.training.allocator import keep_freed_memory
 from coatnet.training.choices import choose_config, differing
 from coatnet.training.finish import Result, in_words
 from coatnet.training.loop import train
@@ -27,6 +28,7 @@ def train_from_flags(
     data: str | None, out: Path | None, *, resume: bool, overwrite: bool, given: dict[str, Any], quiet: bool
 ) -> Result:
     """Train as the command line says; `given` holds settings by the config's names. Raises: as `train`."""
+    keep_freed_memory()
     console = _console(quiet)
     run = _to_go_on_with(data, out, resume)
     if run is not None:
@@ -47,6 +49,7 @@ def train_from_flags(
 
 def reproduce_run(run: Path, out: Path | None, *, quiet: bool) -> Result:
     """Do a run again and say whether it came out alike. Raises: as `reproduce`."""
+    keep_freed_memory()
     console = _console(quiet)
     console.print(f"doing {run} again")
     with Shown(console) as shown:

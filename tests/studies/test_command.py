@@ -1,0 +1,161 @@
+"""`coatnet study` as it is typed, and every study at toy size."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from coatnet.studies.catalogue import STUDIES
+from coatnet.studies.command import do_study
+from training.tiny import write_pictures
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # the same bits every time, and no fight for two cores
+
+
+def words_of(*words: str) -> list[str]:
+    return [sys.executable, "-m", "coatnet", "study", *words]
+
+
+def study(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words_of(*words), cwd=cwd, env=ONE_THREAD, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def lineage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder where `coatnet study lineage --scale toy` was typed."""
+    folder = tmp_path_factory.mktemp("lineage")
+    done = study("lineage", "--scale", "toy", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "report: studies/lineage.html" in done.stdout, done.stdout
+    return folder
+
+
+def test_it_leaves_a_record_a_page_and_a_picture(lineage: Path):
+    record = json.loads((lineage / "studies" / "lineage.json").read_text())
+    assert record["kind"] == "study"
+    assert record["seeds"] == [0, 1, 2]
+    assert record["n"] == 6 == len(record["figures"]["runs"])
+    (answer,) = record["figures"]["answers"]
+    assert answer["claim"] == "paper >= listing"
+    assert answer["verdict"] in ("holds", "does not hold", "cannot tell")
+    for suffix in (".html", ".png"):
+        assert (lineage / "studies" / f"lineage{suffix}").stat().st_size > 10_000
+
+
+def test_what_is_done_is_not_done_again(lineage: Path):
+    runs = sorted((lineage / "studies" / "runs").glob("*.json"))
+    before = [run.stat().st_mtime_ns for run in runs]
+    done = study("lineage", "--scale", "toy", "--json", cwd=lineage)
+    assert done.returncode == 0, done.stderr
+    assert "6 done" in done.stderr
+    assert json.loads(done.stdout)["figures"]["study"] == "lineage"
+    assert [run.stat().st_mtime_ns for run in runs] == before
+
+
+def test_shares_of_two_machines_merge(lineage: Path, tmp_path: Path):
+    for index in (1, 2):
+        done = study(
+            "lineage", "--scale", "toy", "--seeds", "1", "--shard", f"{index}/2", "--out", f"m{index}", cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        assert "1 run of other shares missing" in done.stdout, done.stdout
+    (tmp_path / "both" / "runs").mkdir(parents=True)
+    for path in (*(tmp_path / "m1" / "runs").glob("*.json"), *(tmp_path / "m2" / "runs").glob("*.json")):
+        path.rename(tmp_path / "both" / "runs" / path.name)
+    done = study("lineage", "--scale", "toy", "--seeds", "1", "--out", "both", "--json", cwd=tmp_path)
+    assert "2 runs, 2 of them here, 2 done" in done.stderr, done.stderr
+    merged = {run["row"]: run["correct"] for run in json.loads(done.stdout)["figures"]["runs"]}
+    whole = json.loads((lineage / "studies" / "lineage.json").read_text())["figures"]["runs"]
+    assert merged == {run["row"]: run["correct"] for run in whole if run["seed"] == 0}
+
+
+def test_two_shells_divide_the_work_and_a_kill_loses_nothing_that_is_done(lineage: Path, tmp_path: Path):
+    words = words_of("lineage", "--scale", "toy", "--seeds", "2")
+    first, second = (
+        subprocess.Popen(words, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    )
+    runs = tmp_path / "studies" / "runs"
+    while not list(runs.glob("*.json")):
+        assert (first.poll(), second.poll()) == (None, None), "ended before a run was done"
+        time.sleep(0.1)
+    first.kill()
+    first.communicate()
+    output, _ = second.communicate(timeout=300)
+    assert second.returncode == 0, output
+    record = json.loads((tmp_path / "studies" / "lineage.json").read_text())
+    met = {(run["row"], run["seed"]): run["correct"] for run in record["figures"]["runs"]}
+    whole = json.loads((lineage / "studies" / "lineage.json").read_text())["figures"]["runs"]
+    assert met == {(run["row"], run["seed"]): run["correct"] for run in whole if run["seed"] < 2}
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path):
+    running = subprocess.Popen(
+        words_of("data-scale", "--scale", "toy", "--seeds", "1"),
+        cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not list((tmp_path / "studies" / "runs").glob("*/metrics.jsonl")):
+        assert running.poll() is None, "ended before a training began"
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 130, output
+    assert "The same command goes on." in output
+
+
+@pytest.mark.parametrize("name", ["transfer", "blocks", "details", "attention-scope"])
+def test_a_study_runs_at_toy_size(name: str, tmp_path: Path):
+    said = io.StringIO()
+    record = do_study(
+        name, data=None, scale_name="toy", num_seeds=1, out=tmp_path, shard=None, device="cpu",
+        console=Console(file=said, width=200),
+    )  # fmt: skip
+    assert record is not None, said.getvalue()
+    assert {answer["verdict"] for answer in record["figures"]["answers"]} == {"cannot tell"}, "one seed tells nothing"
+    assert (tmp_path / f"{name}.html").is_file()
+
+
+def test_own_pictures(tmp_path: Path):
+    write_pictures(tmp_path / "pictures")
+    done = study("lineage", "--scale", "toy", "--seeds", "1", "--data", "pictures", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "studies" / "lineage.json").read_text())
+    assert {row["part"] for row in record["figures"]["table"]} == {"val"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["linage"], "There is no study 'linage'. Did you mean 'lineage'"),
+        (["lineage", "--scale", "paper"], "--scale paper needs --data, a folder of pictures like ImageNet's."),
+        (["lineage", "--shard", "3/2"], "A shard of '3/2' cannot be read. Give it like 2/4"),
+        (["lineage", "--seeds", "0"], "--seeds is 0. Give 1 or more; an answer takes 3."),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(words: list[str], said: str, tmp_path: Path):
+    done = study(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) <= 2, done.stderr
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_the_list_says_question_rows_and_cost(tmp_path: Path):
+    done = study("list", "--scale", "paper", "--json", cwd=tmp_path)
+    rows = {row["name"]: row for row in json.loads(done.stdout)}
+    assert list(rows) == list(STUDIES)
+    assert rows["generalisation"]["rows"] == ["CCCC", "CCCT", "CCTT", "CTTT", "ViT_rel"]
+    # 15 trainings of 300 epochs of ImageNet, some 4.5 G multiply-adds a picture, three times
+    assert rows["generalisation"]["macs"] == pytest.approx(15 * 300 * 1_281_167 * 0.95 * 3 * 4.5e9, rel=0.1)
+    shown = study("list", cwd=tmp_path).stdout
+    assert all(row["question"] in shown for row in rows.values())
