@@ -85,6 +85,6 @@ def _cost(record: Record) -> str:
     pictures = sorted({f"{row['n']:,} {row['part']} pictures" for row in figures["table"]})
     hours, seeds = record["seconds"] / 3600, ", ".join(map(str, record["seeds"]))
     return (
-        f"{len(runs)} runs, seeds {seeds}, on {', '.join(figures['data'])} ({', '.join(pictures)}); {hours:.1f} hours of "
-        f"training in all ({'; '.join(hosts)}), commits {', '.join(commits)}. Record: `results/{record['file']}`.\n"
+        f"{len(runs)} runs, seeds {seeds}, on {', '.join(figures['data'])} ({', '.join(pictures)}); {hours:.1f} hours "
+        f"of training ({'; '.join(hosts)}), commits {', '.join(commits)}. Record: `results/{record['file']}`.\n"
     )
