@@ -99,6 +99,19 @@ def test_two_shells_divide_the_work_and_a_kill_loses_nothing_that_is_done(lineag
     assert met == {(run["row"], run["seed"]): run["correct"] for run in whole if run["seed"] < 2}
 
 
+def test_under_torchrun_each_training_takes_all_ranks(tmp_path: Path):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "coatnet"]
+    done = subprocess.run(
+        [*words, "study", "lineage", "--scale", "toy", "--seeds", "1"],
+        cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2/2  listing") == 1, done.stdout
+    (record,) = (tmp_path / "studies" / "runs").glob("listing*/record.json")
+    assert json.loads(record.read_text())["figures"]["num_ranks"] == 2
+    assert (tmp_path / "studies" / "lineage.html").is_file()
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path):
     running = subprocess.Popen(
         words_of("data-scale", "--scale", "toy", "--seeds", "1"),

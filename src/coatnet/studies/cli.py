@@ -51,7 +51,7 @@ def run_study(
     Example: coatnet study lineage --scale toy
 
     What is done is not done again: the same command goes on after any end. Several of them with one --out, in several
-    shells, divide the work.
+    shells, divide the work; under torchrun each training takes all ranks.
 
     Parameters
     ----------
@@ -73,6 +73,7 @@ def run_study(
 
     from rich.console import Console
 
+    from coatnet.ranks import is_first_rank
     from coatnet.studies.command import do_study
     from coatnet.studies.runs import Stopped
 
@@ -80,7 +81,7 @@ def run_study(
         raise ConfigError(f"--seeds is {seeds}. Give 1 or more; an answer takes 3.")
     terminal = sys.stderr if json else sys.stdout
     width = None if terminal.isatty() else int(os.environ.get("COLUMNS", "1000"))  # off a terminal nothing is cut
-    console = Console(stderr=json, width=width, highlight=False, markup=False, emoji=False)
+    console = Console(stderr=json, width=width, quiet=not is_first_rank(), highlight=False, markup=False, emoji=False)
     try:
         record = do_study(
             name,

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from coatnet.data.sources import DataSet, open_data
 from coatnet.errors import ConfigError
-from coatnet.ranks import find_device
+from coatnet.ranks import find_device, is_first_rank
 from coatnet.record import write_record
 from coatnet.studies import catalogue
 from coatnet.studies.cost import in_words, total_macs
@@ -35,7 +35,7 @@ def do_study(
     device: str,
     console: Console,
 ) -> dict[str, Any] | None:
-    """Do what is left of a study and return its record, or None where other shards still have runs to do.
+    """Do what is left of a study and return its record, or None where others write it or still have runs to do.
 
     Raises: ConfigError for what is unknown or missing; Stopped; what `train` raises.
     """
@@ -59,7 +59,7 @@ def do_study(
         what = "run" if missing == 1 else "runs"
         console.print(f"{missing} {what} of other shares missing. Copy them into {out / 'runs'}, and ask again.")
         return None
-    return _conclude(study, scale, cells, out, console)
+    return _conclude(study, scale, cells, out, console) if is_first_rank() else None
 
 
 def _find_scale(name: ScaleName, data: str | None) -> Scale:

@@ -17,7 +17,9 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from coatnet.data.sources import DataSet, open_data
 from coatnet.errors import TrainingError
 from coatnet.evaluation.metrics import evaluate
 from coatnet.files import read_json, write_json
+from coatnet.ranks import is_first_rank, join
 from coatnet.studies.study import Training
 from coatnet.training import run_folder
 from coatnet.training.loop import train
@@ -116,28 +119,47 @@ def do_all(cells: Sequence[Cell], out: Path, device: str, listener: Callable[[Ce
     while left:
         waiting = list[Cell]()
         for cell in left:
-            if not is_done(out, cell) and not _try_one(cell, out, device, listener):
+            if _try_one(cell, out, device, listener):
+                yield cell
+            else:
                 waiting.append(cell)
-                continue
-            yield cell
         if len(waiting) == len(left):
             time.sleep(WAIT_S)
         left = waiting
 
 
+class _State(IntEnum):
+    """What rank 0 finds of a run, and tells the others."""
+
+    DONE = 0
+    BUSY = 1  # another process is at it, or the run that it starts from is not done
+    OURS = 2
+
+
 def _try_one(cell: Cell, out: Path, device: str, listener: Callable[[Cell], Progress]) -> bool:
-    """Do a run unless another process is at it, or it starts from one that is not done; return whether it is done."""
+    """Do a run that is nobody's; return whether it is done."""
+    with ExitStack() as lock:
+        state = _claim(cell, out, lock) if is_first_rank() else _State.BUSY
+        with join(device) as ranks:
+            state = _State(int(ranks.first_says(state)))
+        if state == _State.OURS:
+            _do(cell, out, device, listener(cell))
+        return state != _State.BUSY
+
+
+def _claim(cell: Cell, out: Path, lock: ExitStack) -> _State:
+    """Return how a run stands; one that is ours is locked until the stack closes."""
+    if is_done(out, cell):
+        return _State.DONE
     if cell.start is not None and not is_done(out, cell.start):
-        return False
+        return _State.BUSY
     path = result_path(out, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(f"{path}.lock", timeout=0):
-            if not path.is_file():
-                _do(cell, out, device, listener(cell))
-            return True
+        lock.enter_context(FileLock(f"{path}.lock", timeout=0))
     except Timeout:
-        return False
+        return _State.BUSY
+    return _State.DONE if is_done(out, cell) else _State.OURS
 
 
 def _do(cell: Cell, out: Path, device: str, progress: Progress) -> None:
@@ -152,7 +174,9 @@ def _do(cell: Cell, out: Path, device: str, progress: Progress) -> None:
     result = train(config, start="resume" if run_folder.is_begun(folder) else "new", progress=progress)
     if result.stopped_by is not None:
         raise Stopped(result.stopped_by)
-    write_json(result_path(out, cell), _summarise(folder, cell))
+    with join(device) as ranks:
+        if ranks.is_first:
+            write_json(result_path(out, cell), _summarise(folder, cell))
 
 
 def _summarise(folder: Path, cell: Cell) -> dict[str, Any]:
