@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,7 +57,7 @@ def do_study(
     if missing:
         console.print(f"{missing} runs of other shares are missing. Copy them into {out / 'runs'}, and ask again.")
         return None
-    return _conclude(study, scale, cells, out, console)
+    return _conclude(study, scale, cells, out, device, console)
 
 
 def _find_scale(name: ScaleName, data: str | None) -> Scale:
@@ -73,7 +74,9 @@ def _opened(data: str) -> DataSet:
     return open_data(data, holdout_percent=None)
 
 
-def _conclude(study: Study, scale: Scale, cells: Sequence[Cell], out: Path, console: Console) -> dict[str, Any]:
+def _conclude(
+    study: Study, scale: Scale, cells: Sequence[Cell], out: Path, device: str, console: Console
+) -> dict[str, Any]:
     """Write record, page and picture of a study whose runs are all there."""
     from coatnet.studies.findings import find_answers, group
     from coatnet.studies.page import write_page
@@ -90,7 +93,8 @@ def _conclude(study: Study, scale: Scale, cells: Sequence[Cell], out: Path, cons
     if study.measures_speed:
         from coatnet.studies.speed import measure_speed
 
-        figures["speed"] = measure_speed(study.trainings(scale))
+        whole = [replace(cell.training, config=replace(cell.config, device=device)) for cell in cells]
+        figures["speed"] = measure_speed(whole[: len(study.trainings(scale))])  # one seed's
     path = out / f"{study.name}.json"
     record = write_record(
         path,
