@@ -276,7 +276,7 @@ def _draw_data(figures: Row, names: Sequence[str], axes: Axes) -> None:
     settings = list(dict.fromkeys(row["setting"] for row in figures["table"]))
     axes.set_xticks([_share_percent(setting) for setting in settings], settings)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("share of the training pictures; the number of updates is the same")
+    axes.set_xlabel("share of the training pictures (logarithmic)")
     axes.set_ylabel("top-1 (%), with 95 % intervals")
     axes.legend(loc="best")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WIDTH_IN, DPI = 12.0, 150  # 1800 px: readable at half of it
 LINE_IN = 0.22
 LETTERS = 150  # in a line as wide as the picture
-SVG_WIDTH_IN = 4.9  # narrower than in the picture: on a telephone letters are then no smaller than 9 px
+SVG_WIDTH_IN = 4.9  # narrower than in the picture: on a telephone letters are then about 9 px high
 
 
 def write_picture(path: Path, study: Study, record: dict[str, Any]) -> None:
