@@ -14,7 +14,7 @@ import pytest
 
 import coatnet
 from coatnet import record
-from coatnet.record import environment, write_record
+from coatnet.record import environment, make_record, write_record
 
 
 def test_environment_names_versions_command_and_host(monkeypatch: pytest.MonkeyPatch):
@@ -45,6 +45,13 @@ def test_environment_tells_no_host_user_or_machine_path(monkeypatch: pytest.Monk
     assert platform.node() not in text
     assert getpass.getuser() not in [part for value in found["command"] for part in Path(value).parts]
     assert str(tmp_path) not in text
+
+
+def test_a_tilde_alone_is_a_sign_and_no_home():
+    figures = {"relation": "~", "claim": "A ~ B", "data": "~/pets"}
+    found = make_record(kind="study", figures=figures, seeds=[0], n=1, seconds=1.0)["figures"]
+    assert (found["relation"], found["claim"]) == ("~", "A ~ B")
+    assert "~" not in found["data"]
 
 
 def test_commit_is_the_running_codes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

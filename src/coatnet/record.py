@@ -81,6 +81,8 @@ def _shorten(text: str) -> str:
     option, equals, value = text.partition("=")
     if not equals:
         option, value = "", text
+    if value == "~":  # no more than a sign, as in "A ~ B"; in full it would tell whose home it is
+        return text
     path = Path(os.path.expanduser(value))  # noqa: PTH111 - Path's raises where it knows no such user
     if not path.is_absolute():
         return text

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def loss_curves(training: Points, validation: Points) -> str:
         _count_epochs(axes)
         axes.set_ylabel("loss (nats)")
         axes.legend(loc="upper right")
-        return _svg(figure, "Training and validation loss against the epoch")
+        return as_svg(figure, "Training and validation loss against the epoch")
 
 
 def accuracy_curve(validation: Points) -> str:
@@ -75,7 +76,7 @@ def accuracy_curve(validation: Points) -> str:
         )
         _count_epochs(axes)
         axes.set_ylabel("validation top-1 (%)")
-        return _svg(figure, "Validation top-1 against the epoch")
+        return as_svg(figure, "Validation top-1 against the epoch")
 
 
 def reliability_diagram(bins: Sequence[CalibrationBin]) -> str:
@@ -98,7 +99,7 @@ def reliability_diagram(bins: Sequence[CalibrationBin]) -> str:
         lower.set_xlim(0, 100)
         lower.set_xlabel("confidence (%)")
         lower.set_ylabel("pictures (%)")
-        return _svg(figure, "Share of correct answers against the confidence they were given with")
+        return as_svg(figure, "Share of correct answers against the confidence they were given with")
 
 
 def _count_epochs(axes: Axes) -> None:
@@ -122,16 +123,19 @@ def _figure(width: float, height: float, rows: Sequence[int] = (1,)) -> Generato
         yield figure, *axes[:, 0]
 
 
-def _svg(figure: Figure, title: str) -> str:
-    """Return the figure as an `<svg>` element without ids, sizes and addresses that a page would trip over."""
+def as_svg(figure: Figure, title: str, page_colours: Mapping[str, str] = PAGE_COLOURS) -> str:
+    """Return the figure as an `<svg>` element without ids, sizes and addresses that a page would trip over.
+
+    `page_colours` are the colours that it is drawn in and what stands for them on the page.
+    """
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    for colour, variable in PAGE_COLOURS.items():
+    for colour, variable in page_colours.items():
         text = text.replace(colour, variable)
     text = re.sub(r' (?:id="[\w.]+_\d+"|xmlns(?::\w+)?="[^"]*")', "", text)
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r"\s*<style.*?</style>|font-family: [^;]+; ", "", text, flags=re.DOTALL)
-    return text.replace("<svg", f'<svg class="plot" role="img" aria-label="{title}"', 1)
+    return text.replace("<svg", f'<svg class="plot" role="img" aria-label="{escape(title)}"', 1)

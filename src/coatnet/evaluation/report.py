@@ -42,32 +42,33 @@ def write_report(
     `bad_images` are all files that could not be read, name to reason; `model_folder` is what `coatnet predict` takes.
     """
     sections = [
-        _section("training", "Training", _curves(history)),
-        _section("classes", "Class by class", class_table(summary.classes)),
-        _section("matrix", "Confusion matrix", confusion_matrix(summary.confusion, outcome.class_names)),
-        _section("confused", "Most confused", confused_pairs(outcome, summary.confusion, image_set)),
-        _section("mistakes", "Most confident mistakes", worst_mistakes(outcome, image_set) or _no_mistakes(summary.n)),
-        _section("calibration", "Can its confidence be trusted?", _calibration(summary)),
-        _section("bad", "Pictures that could not be read", _bad_images(bad_images)),
-        _section("use", "Use the model", _usage(model_folder)),
-        _section("config", "Settings", _config(config)),
+        section("training", "Training", _curves(history)),
+        section("classes", "Class by class", class_table(summary.classes)),
+        section("matrix", "Confusion matrix", confusion_matrix(summary.confusion, outcome.class_names)),
+        section("confused", "Most confused", confused_pairs(outcome, summary.confusion, image_set)),
+        section("mistakes", "Most confident mistakes", worst_mistakes(outcome, image_set) or _no_mistakes(summary.n)),
+        section("calibration", "Can its confidence be trusted?", _calibration(summary)),
+        section("bad", "Pictures that could not be read", _bad_images(bad_images)),
+        section("use", "Use the model", _usage(model_folder)),
+        section("config", "Settings", _config(config)),
     ]
-    write_atomic(path, _page(title, _headline(title, summary) + _cards(summary, facts), sections))
+    write_atomic(path, page_of(title, _headline(title, summary) + _cards(summary, facts), sections))
 
 
-def _page(title: str, head: str, sections: list[str]) -> str:
+def page_of(title: str, head: str, sections: list[str], more_css: str = "") -> str:
+    """Return a whole page in the report's look; `more_css` comes after its own."""
     css = files("coatnet.evaluation").joinpath("report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title>\n<style>\n{css}</style></head>\n<body><main>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{css}{more_css}</style></head>\n<body><main>\n"
         + "\n".join([head, *filter(None, sections)])
         + f"\n<footer>Written by coatnet {__version__}. This page is one file; it needs no network.</footer>\n"
         "</main></body></html>\n"
     )
 
 
-def _section(name: str, heading: str, content: str) -> str:
+def section(name: str, heading: str, content: str) -> str:
     """Return a section, or nothing if there is nothing to show."""
     return f'<section id="{name}"><h2>{heading}</h2>{content}</section>' if content else ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,7 +60,7 @@ def do_study(
         what = "run" if missing == 1 else "runs"
         console.print(f"{missing} {what} of other shares missing. Copy them into {out / 'runs'}, and ask again.")
         return None
-    return _conclude(study, scale, cells, out, console) if is_first_rank() else None
+    return _conclude(study, scale, cells, out, device, console) if is_first_rank() else None
 
 
 def _find_scale(name: ScaleName, data: str | None) -> Scale:
@@ -76,7 +77,9 @@ def _opened(data: str) -> DataSet:
     return open_data(data, holdout_percent=None)
 
 
-def _conclude(study: Study, scale: Scale, cells: Sequence[Cell], out: Path, console: Console) -> dict[str, Any]:
+def _conclude(
+    study: Study, scale: Scale, cells: Sequence[Cell], out: Path, device: str, console: Console
+) -> dict[str, Any]:
     """Write record, page and picture of a study whose runs are all there."""
     from coatnet.studies.findings import find_answers, group
     from coatnet.studies.page import write_page
@@ -93,7 +96,8 @@ def _conclude(study: Study, scale: Scale, cells: Sequence[Cell], out: Path, cons
     if study.measures_speed:
         from coatnet.studies.speed import measure_speed
 
-        figures["speed"] = measure_speed(study.trainings(scale))
+        whole = [replace(cell.training, config=replace(cell.config, device=device)) for cell in cells]
+        figures["speed"] = measure_speed(whole[: len(study.trainings(scale))])  # one seed's
     path = out / f"{study.name}.json"
     record = write_record(
         path,

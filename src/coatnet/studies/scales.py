@@ -1,7 +1,7 @@
 """How large a study is: its networks, its pictures, how long they are learned. One row a scale.
 
-The five networks of Figure 1 are not tabled in the paper. These are matched at each scale: parameters within 5 %,
-multiply-adds within 15 % (`tests/studies/test_scales.py`).
+The five networks of Figure 1 are not tabled in the paper. These are matched at each scale but toy: parameters within
+5 %, multiply-adds within 15 % (`tests/studies/test_scales.py`).
 """
 
 from __future__ import annotations
