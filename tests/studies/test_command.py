@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -12,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from coatnet import cli
 from coatnet.studies.catalogue import STUDIES
-from coatnet.studies.command import do_study
+from coatnet.studies.findings import find_answers, group
+from coatnet.studies.runs import cells_of, do_all, read_result
+from coatnet.studies.scales import SCALES
 from training.tiny import write_pictures
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # the same bits every time, and no fight for two cores
@@ -128,14 +129,21 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["transfer", "blocks", "details", "attention-scope"])
 def test_a_study_runs_at_toy_size(name: str, tmp_path: Path):
-    said = io.StringIO()
-    record = do_study(
-        name, data=None, scale_name="toy", num_seeds=1, out=tmp_path, shard=None, device="cpu",
-        console=Console(file=said, width=200),
-    )  # fmt: skip
-    assert record is not None, said.getvalue()
-    assert {answer["verdict"] for answer in record["figures"]["answers"]} == {"cannot tell"}, "one seed tells nothing"
-    assert (tmp_path / f"{name}.html").is_file()
+    found, scale = STUDIES[name], SCALES["toy"]
+    cells = cells_of(found.trainings(scale), 1, lambda _: 10)
+    done = {cell.key: read_result(tmp_path, cell) for cell in do_all(cells, tmp_path, "cpu", lambda _: lambda _: None)}
+    findings = find_answers(found, scale, group(cells, lambda cell: done[cell.key]))
+    assert len(findings["table"]) == len(cells)
+    assert {answer["verdict"] for answer in findings["answers"]} == {"cannot tell"}, "one seed tells nothing"
+
+
+@pytest.mark.slow
+def test_a_study_of_speed_reports_it(tmp_path: Path):
+    done = study("attention-scope", "--scale", "toy", "--seeds", "1", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {row["row"] for row in json.loads(done.stdout)["figures"]["speed"]} == {
+        f"{scope}, {place}" for scope in ("global", "window", "linear") for place in ("S3, S4", "S1 .. S4")
+    }
 
 
 def test_own_pictures(tmp_path: Path):
@@ -155,11 +163,14 @@ def test_own_pictures(tmp_path: Path):
         (["lineage", "--seeds", "0"], "--seeds is 0. Give 1 or more; an answer takes 3."),
     ],
 )
-def test_what_cannot_be_is_said_in_a_line(words: list[str], said: str, tmp_path: Path):
-    done = study(*words, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr, done.stderr
-    assert len(done.stderr.splitlines()) <= 2, done.stderr
+def test_what_cannot_be_is_said_in_a_line(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["study", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error, error
+    assert len(error.splitlines()) == 1, error
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
