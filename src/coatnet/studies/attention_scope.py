@@ -17,8 +17,9 @@ PLACES = {"S3, S4": "CCTT", "S1 .. S4": "TTTT"}
 
 
 def _base(model: ModelConfig) -> ModelConfig:
-    """Widen every stage to whole heads, so that all of them can attend."""
-    return replace(model, widths=tuple(-(-width // model.head_dim) * model.head_dim for width in model.widths))
+    """Widen every stage to whole heads, so that all can attend; halve the grid in each, as the paper's rows do."""
+    widths = tuple(-(-width // model.head_dim) * model.head_dim for width in model.widths)
+    return replace(model, widths=widths, strides=(2, 2, 2, 2, 2))
 
 
 def _trainings(scale: Scale) -> tuple[Training, ...]:

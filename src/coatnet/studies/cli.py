@@ -39,6 +39,7 @@ def run_study(
     name: str,
     *,
     data: str | None = None,
+    pretraining_data: str | None = None,
     scale: ScaleName = "small",
     seeds: int = 3,
     out: Path = Path("studies"),
@@ -59,6 +60,8 @@ def run_study(
         A study from `coatnet study list`.
     data: str
         Pictures as `coatnet train` takes them, in place of the scale's own.
+    pretraining_data: str
+        For the study of transfer: what is learned first, in place of the scale's own.
     scale: str
         toy (seconds), small (a laptop's hours), medium (a GPU's day), paper (ImageNet, a cluster).
     seeds: int
@@ -86,6 +89,7 @@ def run_study(
         record = do_study(
             name,
             data=data,
+            pretraining_data=pretraining_data,
             scale_name=scale,
             num_seeds=seeds,
             out=out,

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from coatnet.data.sources import DataSet, open_data
+from coatnet.data.sources import name_of
 from coatnet.errors import ConfigError
 from coatnet.ranks import find_device, is_first_rank
 from coatnet.record import write_record
 from coatnet.studies import catalogue
-from coatnet.studies.cost import in_words, total_macs
+from coatnet.studies.cost import in_words, total_images, total_macs
 from coatnet.studies.progress import Shown
-from coatnet.studies.runs import Cell, cells_of, do_all, is_done, read_result, shard_of
-from coatnet.studies.scales import DATA_WANTED, SCALES, Scale, ScaleName
-from coatnet.studies.study import Study
+from coatnet.studies.runs import Cell, cells_of, do_all, is_done, opened, read_result, shard_of
+from coatnet.studies.scales import DATA_WANTED, SCALES, Scale, ScaleName, moved
+from coatnet.studies.study import Study, Training
+from coatnet.studies.transfer import PRETRAINED
 from coatnet.training.allocator import keep_freed_memory
 
 
@@ -29,6 +30,7 @@ def do_study(
     name: str,
     *,
     data: str | None,
+    pretraining_data: str | None,
     scale_name: ScaleName,
     num_seeds: int,
     out: Path,
@@ -40,18 +42,21 @@ def do_study(
 
     Raises: ConfigError for what is unknown or missing; Stopped; what `train` raises.
     """
-    study, scale = catalogue.find(name), _find_scale(scale_name, data)
+    study = catalogue.find(name)
     if find_spec("scipy") is None:  # said before hours of training, not after
         raise ConfigError("A study needs SciPy. Install it with: pip install 'coatnet[studies]'")
+    scale = _find_scale(scale_name, data, pretraining_data)
+    trainings = study.trainings(scale)
+    _check_data_is_given(trainings, scale)
     keep_freed_memory()
-    cells = cells_of(study.trainings(scale), num_seeds, lambda data: len(_opened(data).class_names))
+    cells = cells_of(trainings, num_seeds)
     mine = cells if shard is None else shard_of(cells, *shard)
     left = [cell for cell in mine if not is_done(out, cell)]
     console.print(f"{study.title} ({study.source}): {study.question}")
     console.print(f"{len(cells)} runs, {len(mine)} of them here, {len(mine) - len(left)} done")
     if left:
-        cost = total_macs((cell.config for cell in left), lambda data: len(_opened(data).train))
-        console.print(f"to do: {in_words(cost)}")
+        configs = [cell.config for cell in left]
+        console.print(f"to do: {in_words(total_images(configs, _num_images), total_macs(configs, _num_images))}")
     with Shown(console, len(mine)) as shown:
         for cell in do_all(mine, out, str(find_device(device)), shown.listener):
             shown.done(cell, read_result(out, cell))
@@ -60,32 +65,50 @@ def do_study(
         what = "run" if missing == 1 else "runs"
         console.print(f"{missing} {what} of other shares missing. Copy them into {out / 'runs'}, and ask again.")
         return None
-    return _conclude(study, scale, cells, out, device, console) if is_first_rank() else None
+    if not is_first_rank():
+        return None
+    name = "-".join([study.name, scale.name, *([name_of(data)] if data else [])])
+    try:
+        with FileLock(out / f"{name}.lock", timeout=0):
+            return _conclude(study, scale, cells, out / f"{name}.json", device, console)
+    except Timeout:
+        console.print("Another process writes the report.")
+        return None
 
 
-def _find_scale(name: ScaleName, data: str | None) -> Scale:
+def _find_scale(name: ScaleName, data: str | None, pretraining_data: str | None) -> Scale:
+    """Return the scale on the pictures given, if any were."""
     scale = SCALES[name]
     if data is not None:
-        return scale.on(data)
-    if scale.usual.data == DATA_WANTED:
-        raise ConfigError(f"--scale {name} needs --data, a folder of pictures like ImageNet's.")
+        scale = scale.on(data, _num_images(data))
+    if pretraining_data is not None:
+        first = moved(scale.pretrained, pretraining_data, _num_images(pretraining_data))
+        scale = replace(scale, pretrained=first)
     return scale
 
 
-@cache
-def _opened(data: str) -> DataSet:
-    return open_data(data, holdout_percent=None)
+def _check_data_is_given(trainings: Sequence[Training], scale: Scale) -> None:
+    """Raise ConfigError where a scale leaves it to the user which pictures, and nothing was said."""
+    wanted = {training.setting == PRETRAINED for training in trainings if training.config.data == DATA_WANTED}
+    if False in wanted:
+        raise ConfigError(f"--scale {scale.name} needs --data, a folder of pictures like ImageNet's.")
+    if wanted:
+        raise ConfigError(f"--scale {scale.name} needs --pretraining-data, a folder of pictures like ImageNet-21K's.")
+
+
+def _num_images(data: str) -> int:
+    return len(opened(data).train)
 
 
 def _conclude(
-    study: Study, scale: Scale, cells: Sequence[Cell], out: Path, device: str, console: Console
+    study: Study, scale: Scale, cells: Sequence[Cell], path: Path, device: str, console: Console
 ) -> dict[str, Any]:
     """Write record, page and picture of a study whose runs are all there."""
     from coatnet.studies.findings import find_answers, group
     from coatnet.studies.page import write_page
     from coatnet.studies.picture import write_picture
 
-    results = {cell.key: read_result(out, cell) for cell in cells}
+    results = {cell.key: read_result(path.parent, cell) for cell in cells}
     figures = {
         "study": study.name,
         "scale": scale.name,
@@ -96,9 +119,8 @@ def _conclude(
     if study.measures_speed:
         from coatnet.studies.speed import measure_speed
 
-        whole = [replace(cell.training, config=replace(cell.config, device=device)) for cell in cells]
-        figures["speed"] = measure_speed(whole[: len(study.trainings(scale))])  # one seed's
-    path = out / f"{study.name}.json"
+        configs = {cell.training.row: replace(cell.config, device=device) for cell in cells}
+        figures["speed"] = measure_speed(configs)
     record = write_record(
         path,
         kind="study",
@@ -126,9 +148,7 @@ def show_answers(record: dict[str, Any], console: Console) -> None:
             f"{top1['mean']:.2f}", interval, f"{row['train_loss']['mean']:.4f}",
         )  # fmt: skip
     console.print(table)
-    answers = Table(
-        "the paper says", "setting", "measured by", "difference", "95 % interval", "answer", "seeds to tell"
-    )
+    answers = Table("ordering", "setting", "measured by", "difference", "95 % interval", "answer", "seeds to tell")
     for answer in figures["answers"]:
         difference = answer["difference"]
         interval = "one seed" if difference["low"] is None else f"{difference['low']:+.2f} to {difference['high']:+.2f}"

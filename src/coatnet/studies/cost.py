@@ -6,22 +6,10 @@ from collections.abc import Callable, Iterable
 
 from coatnet.config import TrainConfig
 from coatnet.layout import count
-from coatnet.plan.estimate import DATA, H100_TFLOPS, UTILISATION
-from coatnet.studies.scales import DATA_WANTED
+from coatnet.plan.estimate import H100_TFLOPS, UTILISATION
 
-NUM_IMAGES = {
-    "fashion-mnist": 60_000,
-    "digits": 1_416,
-    "letters": 100_000,
-    DATA_WANTED: DATA["imagenet_1k"].num_images,
-}  # for training, before any are set apart
 FORWARD_AND_BACKWARD = 3  # times the multiply-adds of a forward pass
-
-
-def known_num_images(data: str) -> int:
-    """Return how many pictures for training a data set has, without opening it."""
-    name, _, number = data.partition(":")
-    return int(number) if number.isdigit() else NUM_IMAGES[name]
+NumImages = Callable[[str], int]  # how many pictures for training a data set has
 
 
 def images_seen(config: TrainConfig, num_images: int) -> float:
@@ -30,7 +18,12 @@ def images_seen(config: TrainConfig, num_images: int) -> float:
     return config.num_epochs * share * num_images
 
 
-def total_macs(configs: Iterable[TrainConfig], num_images: Callable[[str], int]) -> float:
+def total_images(configs: Iterable[TrainConfig], num_images: NumImages) -> float:
+    """Return how many pictures these trainings see."""
+    return sum(images_seen(config, num_images(config.data)) for config in configs)
+
+
+def total_macs(configs: Iterable[TrainConfig], num_images: NumImages) -> float:
     """Return the multiply-adds of these trainings, forward and backward."""
     return sum(
         FORWARD_AND_BACKWARD * 1e9 * count(config.model).gmacs * images_seen(config, num_images(config.data))
@@ -43,8 +36,10 @@ def gpu_hours(macs: float) -> float:
     return 2 * macs / (UTILISATION * H100_TFLOPS * 1e12) / 3600
 
 
-def in_words(macs: float) -> str:
+def in_words(num_images: float, macs: float) -> str:
     """Put a cost into words; hours of a GPU where there are any."""
-    words = f"{macs / 1e12:,.0f} T multiply-adds" if macs >= 1e12 else f"{macs / 1e9:,.0f} G multiply-adds"
+    seen = f"{num_images / 1e6:,.1f} M pictures seen" if num_images >= 1e5 else f"{num_images:,.0f} pictures seen"
+    work = f"{macs / 1e12:,.0f} T multiply-adds" if macs >= 1e12 else f"{macs / 1e9:,.0f} G multiply-adds"
     hours = gpu_hours(macs)
-    return words + (f", {hours:,.0f} GPU-hours as `coatnet plan` counts for an H100" if hours >= 1 else "")
+    said = f", {hours:,.0f} GPU-hours as `coatnet plan` counts for an H100" if hours >= 1 else ""
+    return f"{seen}, {work}{said}"

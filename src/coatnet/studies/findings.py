@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from coatnet.errors import DataError
 from coatnet.studies.runs import Bits, Cell, unpack
 from coatnet.studies.scales import Scale
 from coatnet.studies.statistics import Estimate, estimate, judge, seeds_that_would_tell, spread_over_pictures
@@ -24,7 +25,21 @@ def group(cells: Sequence[Cell], read: Callable[[Cell], Result]) -> Groups:
     found: Groups = {}
     for cell in sorted(cells, key=lambda cell: cell.seed):
         found.setdefault((cell.training.row, cell.training.setting), []).append(read(cell))
+    _check_same_pictures(found)
     return found
+
+
+def _check_same_pictures(groups: Groups) -> None:
+    """Raise DataError where runs that are to be compared were trained on different pictures under one name."""
+    met = dict[tuple[Any, ...], str]()
+    for run in (run for runs in groups.values() for run in runs):
+        config = run["config"]
+        asked = (config["data"], run["seed"], config["holdout_percent"], config["train_percent"])
+        if met.setdefault(asked, run["data_sha256"]) != run["data_sha256"]:
+            raise DataError(
+                f"Runs of seed {run['seed']} saw different pictures under the name {config['data']}: other fonts, or "
+                "files that came or went. Do the study on one and the same set, with another --out."
+            )
 
 
 def find_answers(study: Study, scale: Scale, groups: Groups) -> dict[str, Any]:
@@ -52,6 +67,10 @@ def _row(name: str, setting: str, runs: Group) -> dict[str, Any]:
         "n": runs[0]["n"],
         "part": runs[0]["part"],
         "seeds": [run["seed"] for run in runs],
+        "data": runs[0]["config"]["data"],
+        "train_percent": runs[0]["config"]["train_percent"] or 100.0,
+        "passes": runs[0]["config"]["num_epochs"],
+        "image_size": runs[0]["image_size"],
         "images": runs[0]["images"],
         "seconds": sum(run["seconds"] for run in runs),
     }
@@ -78,8 +97,10 @@ def _answer(claim: Claim, groups: Groups) -> dict[str, Any]:
     }
 
 
-def _bits(runs: Sequence[Result]) -> Bits:
-    return np.stack([unpack(run["correct"], run["n"]) for run in runs])
+def _bits(runs: Sequence[Result]) -> list[Bits]:
+    """Return (S, N) for the test pictures, which all seeds share; (1, N) for each seed's own held-out ones."""
+    bits = [unpack(run["correct"], run["n"]) for run in runs]
+    return [np.stack(bits)] if runs[0]["part"] == "test" else [each[None] for each in bits]
 
 
 def _curve(runs: Group) -> list[dict[str, float]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from coatnet.config import ModelConfig
 from coatnet.studies.scales import Scale
 from coatnet.studies.study import Claim, Study, Training, trainings_of
 
@@ -15,19 +14,9 @@ SETTING = "usual training"
 
 
 def _trainings(scale: Scale) -> tuple[Training, ...]:
-    models = {"paper": scale.usual.model, "listing": _listing(scale)}
-    return trainings_of(models, scale.usual, scale.px, SETTING)
-
-
-def _listing(scale: Scale) -> ModelConfig:
-    return replace(
-        scale.usual.model,
-        name="listing",
-        blocks="listing",
-        widths=scale.listing_widths,
-        head="plain",
-        stochastic_depth_rate=0.0,
-    )
+    paper = replace(scale.usual.model, stochastic_depth_rate=0.0)  # the listing has none
+    listing = replace(paper, name="listing", blocks="listing", widths=scale.listing_widths, head="plain")
+    return trainings_of({"paper": paper, "listing": listing}, scale.usual, scale.px, SETTING)
 
 
 def _claims(scale: Scale) -> tuple[Claim, ...]:  # noqa: ARG001 - the same at every scale

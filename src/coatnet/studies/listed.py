@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 from coatnet.studies.catalogue import STUDIES
-from coatnet.studies.cost import in_words, known_num_images, total_macs
-from coatnet.studies.scales import SCALES, ScaleName
+from coatnet.studies.cost import in_words, total_images, total_macs
+from coatnet.studies.scales import SCALES, ScaleName, known_num_images
 from coatnet.studies.study import names_of, settings_of
 
 
@@ -16,7 +16,7 @@ def rows(scale_name: ScaleName, num_seeds: int) -> list[dict[str, Any]]:
     scale, found = SCALES[scale_name], list[dict[str, Any]]()
     for study in STUDIES.values():
         trainings = study.trainings(scale)
-        macs = num_seeds * total_macs((training.config for training in trainings), known_num_images)
+        configs = [training.config for training in trainings]
         found.append(
             {
                 "name": study.name,
@@ -25,7 +25,8 @@ def rows(scale_name: ScaleName, num_seeds: int) -> list[dict[str, Any]]:
                 "rows": names_of(trainings),
                 "settings": settings_of(trainings),
                 "num_runs": num_seeds * len(trainings),
-                "macs": macs,
+                "num_images": num_seeds * total_images(configs, known_num_images),
+                "macs": num_seeds * total_macs(configs, known_num_images),
             }
         )
     return found
@@ -43,6 +44,6 @@ def show(found: list[dict[str, Any]], scale_name: ScaleName) -> None:
     for row in found:
         table.add_row(
             row["name"], row["source"], row["question"], "; ".join(row["rows"]), "; ".join(row["settings"]),
-            str(row["num_runs"]), in_words(row["macs"]),
+            str(row["num_runs"]), in_words(row["num_images"], row["macs"]),
         )  # fmt: skip
     Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(table)

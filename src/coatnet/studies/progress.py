@@ -47,6 +47,8 @@ class Shown:
             share = tick.step / tick.num_steps
             words = f"{cell.name}: step {tick.step}/{tick.num_steps}"
             self.bar.update(self.task, description=words, completed=self.num_done + share)
+            if tick.message is not None:
+                self.console.print(f"  {cell.name}: {tick.message}")
 
         return hear
 

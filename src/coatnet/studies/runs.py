@@ -4,8 +4,9 @@ OUT/runs/KEY/             the run folder that `coatnet.train` leaves
 OUT/runs/KEY.json         what the study keeps of it; it is written last, so where it is the run is done
 OUT/runs/KEY.json.lock    held by the process that trains it
 
-KEY follows from the config, the seed and what the run starts from: studies that train the same network share its run,
-and a training that was changed is another one. Folders OUT of several machines merge by copying their runs together.
+KEY follows from the config without names, the seed, and what the run starts from: studies that train the same network
+share its run, and a training that was changed is another one. Folders OUT of several machines merge by copying their
+runs together.
 """
 
 from __future__ import annotations
@@ -13,29 +14,32 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from coatnet.classifier import load
 from coatnet.config import TrainConfig
 from coatnet.data.sources import DataSet, open_data
-from coatnet.errors import TrainingError
+from coatnet.errors import ConfigError, TrainingError
 from coatnet.evaluation.metrics import evaluate
 from coatnet.files import read_json, write_json
-from coatnet.ranks import is_first_rank, join
+from coatnet.ranks import find_device, is_first_rank, join
+from coatnet.studies.cost import images_seen
 from coatnet.studies.study import Training
 from coatnet.training import run_folder
+from coatnet.training.choices import num_workers_for
 from coatnet.training.loop import train
 from coatnet.training.run import Progress
 
@@ -66,23 +70,43 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
         self.by = by
 
 
-def cells_of(trainings: Sequence[Training], num_seeds: int, num_classes: Callable[[str], int]) -> list[Cell]:
-    """Return the runs, all rows of a seed before those of the next; `num_classes` knows the classes of each data."""
+@cache
+def opened(data: str) -> DataSet:
+    """Return a data set, nothing set apart."""
+    return open_data(data, holdout_percent=None)
+
+
+def cells_of(trainings: Sequence[Training], num_seeds: int) -> list[Cell]:
+    """Return the runs, all rows of a seed before those of the next.
+
+    Raises: DataError for pictures that are not there; ConfigError where none could be set apart to look at.
+    """
     found = dict[tuple[str, str, int], Cell]()
     for seed in range(num_seeds):
         for training in trainings:
             start = None if training.after is None else found[training.row, training.after, seed]
-            model = replace(training.config.model, num_classes=num_classes(training.config.data))
-            config = replace(training.config, model=model, seed=seed)
+            config = replace(_fitted(training.config), seed=seed)
             key = _key(config, start)
             found[training.row, training.setting, seed] = Cell(training, config, seed, key, start)
     return list(found.values())
 
 
+def _fitted(config: TrainConfig) -> TrainConfig:
+    """Fit a training to its pictures: their classes, and a warm-up that ends well before the run does."""
+    data = opened(config.data)
+    if data.val is None and data.test is None and config.holdout_percent is None:
+        raise ConfigError(f"{config.data} has neither val/ nor test/ beside train/, and this scale sets none apart.")
+    num_steps = images_seen(config, len(data.train)) / config.global_batch_size
+    optimizer = config.optimizer
+    if optimizer.warmup_steps > num_steps / 2:
+        optimizer = replace(optimizer, warmup_steps=int(num_steps / 10))
+    return replace(config, optimizer=optimizer, model=replace(config.model, num_classes=len(data.class_names)))
+
+
 def _key(config: TrainConfig, start: Cell | None) -> str:
-    said = json.dumps([config.to_dict(), start.key if start else None], sort_keys=True)
-    words = re.sub(r"[^A-Za-z0-9]+", "-", f"{config.model.name} {config.preprocessing.image_size[0]}px").strip("-")
-    return f"{words}-seed{config.seed}-{hashlib.sha256(said.encode()).hexdigest()[:10]}"
+    nameless = replace(config, model=replace(config.model, name="")).to_dict()
+    digest = hashlib.sha256(json.dumps([nameless, start.key if start else None], sort_keys=True).encode()).hexdigest()
+    return f"{config.model.layout}-{config.preprocessing.image_size[0]}px-seed{config.seed}-{digest[:10]}"
 
 
 def shard_of(cells: Sequence[Cell], index: int, count: int) -> list[Cell]:
@@ -169,6 +193,7 @@ def _do(cell: Cell, out: Path, device: str, progress: Progress) -> None:
         cell.config,
         out=str(folder),
         device=device,
+        num_workers=num_workers_for(find_device(device)),
         init=None if cell.start is None else str(out / "runs" / cell.start.key),
     )
     result = train(config, start="resume" if run_folder.is_begun(folder) else "new", progress=progress)
@@ -176,13 +201,13 @@ def _do(cell: Cell, out: Path, device: str, progress: Progress) -> None:
         raise Stopped(result.stopped_by)
     with join(device) as ranks:
         if ranks.is_first:
-            write_json(result_path(out, cell), _summarise(folder, cell))
+            write_json(result_path(out, cell), _summarise(folder, cell, ranks.device))
 
 
-def _summarise(folder: Path, cell: Cell) -> dict[str, Any]:
+def _summarise(folder: Path, cell: Cell, device: torch.device) -> dict[str, Any]:
     """Return what a study keeps of a run: its curve, its accuracy, and which pictures it names right."""
     data = open_data(cell.config.data, seed=cell.seed, holdout_percent=cell.config.holdout_percent)
-    part, correct = _last_look(folder, data)
+    part, correct = _last_look(folder, data, device)
     record, history = read_json(folder / "record.json"), read_history(folder)
     return {
         "model": cell.config.model.name,
@@ -199,6 +224,8 @@ def _summarise(folder: Path, cell: Cell) -> dict[str, Any]:
         "num_params": record["figures"]["num_params"],
         "gmacs": record["figures"]["gmacs"],
         "images": round(record["figures"]["steps"] * cell.config.global_batch_size),
+        "num_bad_images": len(record["figures"]["bad_images"]),
+        "num_skipped": record["figures"]["num_skipped"],
         "seconds": record["seconds"],
         "commit": record["commit"],
         "host": record["host"],
@@ -207,13 +234,18 @@ def _summarise(folder: Path, cell: Cell) -> dict[str, Any]:
     }
 
 
-def _last_look(folder: Path, data: DataSet) -> tuple[str, Bits]:
-    """Return the part looked at, test where there is one, and which of its pictures are named right, in its order."""
+def _last_look(folder: Path, data: DataSet, device: torch.device) -> tuple[str, Bits]:
+    """Return the part looked at, test where there is one, and which of its pictures are named right, in its order.
+
+    One that cannot be read is not, so that all networks are asked as many.
+    """
     part, images = ("test", data.test) if data.test is not None else ("val", data.val)
     if images is None:
         raise TrainingError(f"{data.name} has no picture apart from those for training. Give a larger set.")
-    outcome = evaluate(load(folder / "model"), images)
-    return part, outcome.predictions == outcome.targets
+    outcome = evaluate(load(folder / "model", device=device), images)
+    correct = np.zeros(len(images), dtype=np.bool_)
+    correct[outcome.positions] = outcome.predictions == outcome.targets
+    return part, correct
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

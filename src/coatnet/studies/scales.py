@@ -22,6 +22,13 @@ from coatnet.config import (
 
 ScaleName = Literal["toy", "small", "medium", "paper"]
 DATA_WANTED = "DATA"  # stands where somebody has to say which pictures
+NUM_IMAGES = {"fashion-mnist": 60_000, "digits": 1_416, "letters": 100_000, DATA_WANTED: 1_281_167}  # for training
+
+
+def known_num_images(data: str) -> int:
+    """Return how many pictures for training one of the scales' own data sets has, without opening it."""
+    name, _, number = data.partition(":")
+    return int(number) if number.isdigit() else NUM_IMAGES[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +46,39 @@ class Scale:
     limited: TrainConfig  # Figure 1a: many passes over few pictures, nothing that regularises
     abundant: TrainConfig  # Figure 1b: few passes over many pictures, nothing that regularises
     usual: TrainConfig  # as one trains, augmented and regularised
-    fine_tuned: TrainConfig
-    pretraining_data: str  # for the study of transfer
+    fine_tuned: TrainConfig  # after `usual`, the same pictures larger
+    pretrained: TrainConfig  # for the study of transfer
+    transferred: TrainConfig  # after `pretrained`, other pictures
 
-    def on(self, data: str) -> Scale:
-        """Return the scale with other pictures; the study of transfer still learns its first ones elsewhere."""
-        names = ("limited", "abundant", "usual", "fine_tuned")
-        return replace(self, **{name: replace(getattr(self, name), data=data) for name in names})
+    def on(self, data: str, num_images: int) -> Scale:
+        """Return the scale with other pictures, so many for training; what is pre-trained on stays."""
+        return replace(
+            self,
+            limited=moved(self.limited, data, num_images),
+            abundant=moved(self.abundant, data, num_images),
+            usual=moved(self.usual, data, num_images),
+            fine_tuned=moved(self.fine_tuned, data, num_images),
+            transferred=moved(self.transferred, data, num_images),
+        )
+
+
+def moved(config: TrainConfig, data: str, num_images: int) -> TrainConfig:
+    """Return a training on other pictures: as many updates, over as many different pictures where there are so many.
+
+    Where the scale leaves the pictures to the user it sets passes, not updates, and they stay.
+    """
+    if config.data == DATA_WANTED:
+        return replace(config, data=data)
+    own, share = known_num_images(config.data), (config.train_percent or 100) / 100
+    new_share = min(1.0, own * share / num_images) if config.train_percent else 1.0
+    passes = own * share / (num_images * new_share)
+    return replace(
+        config,
+        data=data,
+        num_epochs=config.num_epochs * passes,
+        evaluation_interval_epochs=config.evaluation_interval_epochs * passes,
+        train_percent=100 * new_share if new_share < 1 else None,
+    )
 
 
 _LAYOUTS = ("CCCC", "CCCT", "CCTT", "CTTT")
@@ -106,9 +139,8 @@ def _training(
     optimizer: OptimizerConfig,
     augment: AugmentConfig | None = None,
     label_smoothing: float = 0.0,
-    holdout_percent: float = 5.0,
+    holdout_percent: float | None = 5.0,
     train_percent: float | None = None,
-    fit: Literal["crop", "resize"] = "resize",
     precision: FloatPrecision = "bf16",
 ) -> TrainConfig:
     """Build a training of so many epochs with so many looks at the pictures set apart; plain unless said otherwise."""
@@ -116,7 +148,7 @@ def _training(
         data=data,
         out="",
         model=network,
-        preprocessing=PreprocessingConfig(image_size=network.image_size, fit=fit),
+        preprocessing=PreprocessingConfig(image_size=network.image_size, fit="resize"),
         augment=augment or AugmentConfig(crop="resize", flip_rate=0.0),
         optimizer=optimizer,
         recipe="study",
@@ -137,25 +169,31 @@ _ADAMW = OptimizerConfig(peak_lr=2e-3, min_lr=1e-5, warmup_steps=50, weight_deca
 _UNDECAYED = replace(_ADAMW, weight_decay=0.0)
 _GENTLE = OptimizerConfig(peak_lr=2e-4, min_lr=1e-5, warmup_steps=10, weight_decay=1e-8)
 
+_ANEW = replace(_GENTLE, peak_lr=1e-3)  # for a classifier that starts anew
+
 _CCTT = _SMALL_NETWORKS["CCTT"]
+_SMALL_ABUNDANT = _training(_CCTT, "letters", holdout_percent=2.5, epochs=1, looks=8, batch=128, optimizer=_UNDECAYED)
 SMALL = Scale(
     name="small",
     summary="0.3 M parameters, Fashion-MNIST and letters of typefaces at 28 px: a few hours of two cores for all",
     networks=_SMALL_NETWORKS,
     listing_widths=(16, 32, 32, 40, 96),
-    splits=((2, 4), (1, 5), (3, 3)),
+    splits=((2, 3), (1, 4), (3, 2)),
     px=28,
     larger_px=48,  # 384 / 224 of it
     early_px=56,
     limited=_training(_CCTT, "fashion-mnist", train_percent=10, epochs=16, looks=8, batch=128, optimizer=_UNDECAYED),
-    abundant=_training(_CCTT, "letters", holdout_percent=2.5, epochs=1, looks=8, batch=128, optimizer=_UNDECAYED),
+    abundant=_SMALL_ABUNDANT,
     usual=_training(
         _CCTT, "fashion-mnist", epochs=1.5, looks=6, batch=128, optimizer=_ADAMW, augment=_SHIFTED, label_smoothing=0.1
     ),
     fine_tuned=_training(
         _CCTT, "fashion-mnist", epochs=0.2, looks=2, batch=128, optimizer=_GENTLE, augment=_SHIFTED, label_smoothing=0.1
     ),
-    pretraining_data="letters",
+    pretrained=_SMALL_ABUNDANT,
+    transferred=_training(
+        _CCTT, "fashion-mnist", epochs=1, looks=4, batch=128, optimizer=_ANEW, augment=_SHIFTED, label_smoothing=0.1
+    ),
 )
 
 
@@ -174,15 +212,19 @@ TOY = replace(
     summary="the same networks on scikit-learn's digits at 8 px: a minute, to see one work; its answers mean nothing",
     px=8,
     larger_px=16,
-    early_px=16,
+    early_px=32,
     limited=_toy(SMALL.limited),
     abundant=_toy(SMALL.abundant),
     usual=_toy(SMALL.usual),
     fine_tuned=replace(_toy(SMALL.fine_tuned), num_epochs=0.5, evaluation_interval_epochs=0.5),
-    pretraining_data="digits",
+    pretrained=_toy(SMALL.pretrained),
+    transferred=_toy(SMALL.transferred),
 )
 
 _SAMPLED = AugmentConfig(crop="random_resized", crop_min_scale=0.35)
+_MEDIUM_ABUNDANT = _training(
+    _MEDIUM_NETWORKS["CCTT"], "letters:1000000", holdout_percent=1, epochs=3, looks=30, batch=256, optimizer=_UNDECAYED
+)
 MEDIUM = Scale(
     name="medium",
     summary="4.8 M parameters, letters or pictures of your own at 64 px: a day of one GPU for all",
@@ -195,10 +237,7 @@ MEDIUM = Scale(
     limited=_training(
         _MEDIUM_NETWORKS["CCTT"], "fashion-mnist", epochs=60, looks=30, batch=256, optimizer=_UNDECAYED
     ),
-    abundant=_training(
-        _MEDIUM_NETWORKS["CCTT"], "letters:1000000", holdout_percent=1, epochs=3, looks=30, batch=256,
-        optimizer=_UNDECAYED,
-    ),
+    abundant=_MEDIUM_ABUNDANT,
     usual=_training(
         _MEDIUM_NETWORKS["CCTT"], "letters:200000", epochs=20, looks=20, batch=256, optimizer=_ADAMW,
         augment=_SAMPLED, label_smoothing=0.1,
@@ -207,7 +246,11 @@ MEDIUM = Scale(
         _MEDIUM_NETWORKS["CCTT"], "letters:200000", epochs=2, looks=2, batch=256, optimizer=_GENTLE,
         augment=_SAMPLED, label_smoothing=0.1,
     ),
-    pretraining_data="letters:1000000",
+    pretrained=_MEDIUM_ABUNDANT,
+    transferred=_training(
+        _MEDIUM_NETWORKS["CCTT"], "fashion-mnist", epochs=10, looks=5, batch=256, optimizer=_ANEW,
+        augment=_SAMPLED, label_smoothing=0.1,
+    ),
 )  # fmt: skip
 
 
@@ -217,14 +260,16 @@ def _tabled(recipe_name: str, network: ModelConfig, px: int, looks: int) -> Trai
     settings = found.settings(network, (px, px), 1_281_167)
     return TrainConfig(
         data=DATA_WANTED, out="", precision="bf16", evaluation_interval_epochs=settings["num_epochs"] / looks,
-        **settings,
+        holdout_percent=None, **settings,
     )  # fmt: skip
 
 
 def _unregularised(network: ModelConfig, epochs: float, looks: int) -> TrainConfig:
     """Return Figure 1's training: Table 10's batch and rates, without augmentation and regularisation."""
     optimizer = replace(recipes.find("imagenet_1k").optimizer, weight_decay=0.0)
-    return _training(network, DATA_WANTED, epochs=epochs, looks=looks, batch=4096, optimizer=optimizer, fit="crop")
+    return _training(
+        network, DATA_WANTED, epochs=epochs, looks=looks, batch=4096, optimizer=optimizer, holdout_percent=None
+    )
 
 
 _C2 = zoo.find("coatnet_2").config  # Tables 6 to 8
@@ -241,7 +286,8 @@ PAPER = Scale(
     abundant=_unregularised(_PAPER_NETWORKS["CCTT"], 3, 30),
     usual=_tabled("imagenet_1k", _C2, 224, 60),
     fine_tuned=_tabled("imagenet_1k_finetune", _C2, 384, 10),
-    pretraining_data=DATA_WANTED,
+    pretrained=_unregularised(_PAPER_NETWORKS["CCTT"], 3, 30),
+    transferred=_tabled("imagenet_21k_to_1k", _PAPER_NETWORKS["CCTT"], 224, 10),
 )
 
 SCALES = {scale.name: scale for scale in (TOY, SMALL, MEDIUM, PAPER)}

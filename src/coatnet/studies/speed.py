@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,19 +16,19 @@ from coatnet.config import ModelConfig, TrainConfig
 from coatnet.fast.engines import optimize_at_once
 from coatnet.fast.training import for_training
 from coatnet.ranks import find_device
-from coatnet.studies.study import Training
 
 ROUNDS, TURN_S = 3, 0.2
+MAX_BATCH = 64  # pictures at once: an update of thousands is gathered in pieces
 
 
-def measure_speed(trainings: Sequence[Training]) -> list[dict[str, Any]]:
-    """Time updates, then inference, of all rows in turns; batch, size, precision and device are those of each config.
+def measure_speed(configs: Mapping[str, TrainConfig]) -> list[dict[str, Any]]:
+    """Time updates, then inference, of all rows in turns, by name.
 
+    Size, precision and device are those of each config, and the batch up to MAX_BATCH.
     The memory is that of one update, beyond what is resident before: on the CPU measured in a process of its own,
     since memory that the one before gave back is not seen to grow again. None where the system does not tell.
     """
     # The networks are not looked at in between: all of a kind lie in memory together, to take turns.
-    configs = {training.row: training.config for training in trainings}
     updates = {row: _update(config) for row, config in configs.items()}
     memory = {row: _training_mib(config, updates[row]) for row, config in configs.items()}
     trained = take_turns(updates, rounds=ROUNDS, turn_s=TURN_S)
@@ -38,14 +38,18 @@ def measure_speed(trainings: Sequence[Training]) -> list[dict[str, Any]]:
         {
             "row": row,
             "device": str(find_device(config.device)),
-            "batch": config.global_batch_size,
+            "batch": _batch(config),
             "precision": config.precision,
-            "images_per_s": _rate(trained[row], config.global_batch_size),
+            "images_per_s": _rate(trained[row], _batch(config)),
             "training_mib": memory[row],
-            "inference_images_per_s": _rate(answered[row], config.global_batch_size),
+            "inference_images_per_s": _rate(answered[row], _batch(config)),
         }
         for row, config in configs.items()
     ]
+
+
+def _batch(config: TrainConfig) -> int:
+    return min(MAX_BATCH, config.global_batch_size)
 
 
 def _network(config: TrainConfig) -> ModelConfig:
@@ -56,20 +60,20 @@ def _network(config: TrainConfig) -> ModelConfig:
 def _update(config: TrainConfig) -> Callable[[], object]:
     device, network = find_device(config.device), _network(config)
     model = for_training(lively(network).to(device), compiled=config.compile)
-    return synchronised(make_update(model, network, config.global_batch_size, config.precision, device), device)
+    return synchronised(make_update(model, network, _batch(config), config.precision, device), device)
 
 
 def _training_mib(config: TrainConfig, update: Callable[[], object]) -> float | None:
     device = find_device(config.device)
     if device.type == "cpu":
-        return measure_memory(OURS, _network(config), config.global_batch_size, config.precision)
+        return measure_memory(OURS, _network(config), _batch(config), config.precision)
     return peak_mib(update, device) if device.type == "cuda" else None
 
 
 def _inference(config: TrainConfig) -> Callable[[], object]:
     device, network = find_device(config.device), _network(config)
     model = optimize_at_once(lively(network).to(device), precision=config.precision)
-    images = random_images(network, config.global_batch_size, device)
+    images = random_images(network, _batch(config), device)
 
     def answer() -> None:
         with torch.inference_mode():

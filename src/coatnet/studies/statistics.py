@@ -22,6 +22,7 @@ Verdict = Literal["holds", "does not hold", "cannot tell"]
 MIN_SEEDS = 3  # no answer comes from fewer
 MAX_SEEDS = 1000  # more are not looked for
 CONFIDENCE = 0.95
+POWER = 0.8  # of the number of seeds that would tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +68,29 @@ def judge(difference: Estimate, relation: Relation, measure: Measure) -> Verdict
 
 
 def seeds_that_would_tell(difference: Estimate, relation: Relation, measure: Measure) -> int | None:
-    """Return how many seeds would answer the ordering, were mean and deviation those met; None beyond MAX_SEEDS."""
+    """Return with how many seeds four studies of five would have an answer, were mean and deviation those met.
+
+    None beyond MAX_SEEDS. Few seeds know the deviation badly, so the number is rough.
+    """
     edges = [edge for edge in allowed(relation, measure) if math.isfinite(edge)]
     distance = min(abs(difference.mean - edge) for edge in edges)
     if math.isnan(difference.deviation):
         return None
     counts = range(MIN_SEEDS, MAX_SEEDS + 1)
-    return next((n for n in counts if half_width(difference.deviation, n) < distance), None)
+    return next((n for n in counts if _reach(difference.deviation, n) < distance), None)
 
 
-def spread_over_pictures(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
-    """Return half of the 95 % interval, in points, that the choice of test pictures gives a difference of accuracies.
+def _reach(deviation: float, n: int) -> float:
+    """Return how far from an edge a mean must lie for n seeds to see it in four studies of five."""
+    return half_width(deviation, n) + float(stats.t.ppf(POWER, n - 1)) * deviation / math.sqrt(n)
 
-    `first` and `second` are (S, N): which of the N pictures are named right with each of S seeds. The pictures' mean
-    differences are taken as drawn at random; 0 for fewer than two pictures.
+
+def spread_over_pictures(first: Sequence[NDArray[np.bool_]], second: Sequence[NDArray[np.bool_]]) -> float:
+    """Return half of the 95 % interval, in points, that the choice of pictures gives a difference of accuracies.
+
+    Both hold, for each set of pictures looked at, (S, N): which of its N are named right with each of S seeds. The
+    pictures' mean differences are taken as drawn at random; sets of fewer than two add nothing.
     """
-    gaps = first.mean(axis=0) - second.mean(axis=0)
-    if len(gaps) < 2:
-        return 0.0
-    return float(100 * stats.norm.ppf(0.5 + CONFIDENCE / 2) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
+    gaps = [one.mean(axis=0) - other.mean(axis=0) for one, other in zip(first, second, strict=True)]
+    variance = sum(float(gap.var(ddof=1)) / len(gap) for gap in gaps if len(gap) > 1) / len(gaps) ** 2
+    return float(100 * stats.norm.ppf(0.5 + CONFIDENCE / 2) * math.sqrt(variance))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from coatnet.studies.scales import Scale
 from coatnet.studies.study import Claim, Study, Training, trainings_of
 
@@ -13,13 +11,12 @@ ROWS = ("CCTT", "CTTT")
 
 def _trainings(scale: Scale) -> tuple[Training, ...]:
     models = {row: scale.networks[row] for row in ROWS}
-    first = replace(scale.abundant, data=scale.pretraining_data)
     return (
-        *trainings_of(models, first, scale.px, PRETRAINED),
+        *trainings_of(models, scale.pretrained, scale.px, PRETRAINED),
         *(
             training
             for px in (scale.px, scale.larger_px)
-            for training in trainings_of(models, scale.fine_tuned, px, f"fine-tuned, {px} px", after=PRETRAINED)
+            for training in trainings_of(models, scale.transferred, px, f"fine-tuned, {px} px", after=PRETRAINED)
         ),
     )
 

@@ -156,6 +156,11 @@ def _fit_warmup(
     return replace(optimizer, warmup_steps=steps // 10)
 
 
+def num_workers_for(device: torch.device) -> int:
+    """Return how many processes should read pictures: none beside a processor that computes, some for a card."""
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+
+
 def _choose_speed(device: torch.device, given: dict[str, Any], reasons: list[str]) -> dict[str, Any]:
     """Choose precision and workers by what the machine does fast."""
     if device.type == "cuda":
@@ -166,7 +171,7 @@ def _choose_speed(device: torch.device, given: dict[str, Any], reasons: list[str
         fast, why = False, ""
     if fast and "precision" not in given:
         reasons.append(f"precision bf16: {why}")
-    workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    workers = num_workers_for(device)
     if workers and "num_workers" not in given:
         reasons.append(f"{workers} workers: pictures are read while the {device.type} computes")
     return {"precision": "bf16" if fast else "fp32", "num_workers": workers}
