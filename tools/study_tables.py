@@ -6,6 +6,7 @@ from typing import Any
 
 Record = dict[str, Any]
 NOT_RUN = "Not run.\n"
+MIN_SEEDS = 3
 
 
 def study_records(records: list[Record]) -> dict[str, Record]:
@@ -14,9 +15,14 @@ def study_records(records: list[Record]) -> dict[str, Record]:
 
 
 def study_tables(record: Record | None) -> str:
-    """Return what a study found as Markdown: the answers, the rows, where and at what cost."""
+    """Return what a study found as Markdown: the answers, the rows, where and at what cost.
+
+    Raises: ValueError for fewer than three seeds, which answer nothing.
+    """
     if record is None:
         return NOT_RUN
+    if len(record["seeds"]) < MIN_SEEDS:
+        raise ValueError(f"{record['file']} has {len(record['seeds'])} seeds. Documents take {MIN_SEEDS} or more.")
     figures = record["figures"]
     parts = [_answers(figures["answers"]), _rows(figures["table"]), _cost(record)]
     return "\n".join(parts)
@@ -31,7 +37,7 @@ def _table(headings: tuple[str, ...], lines: list[str]) -> str:
 
 
 def _answers(answers: list[dict[str, Any]]) -> str:
-    headings = ("the paper says", "setting", "difference (95 % over seeds)", "spread over pictures", "answer")
+    headings = ("ordering", "setting", "difference (95 % over seeds)", "spread over pictures", "answer")
     lines = [
         _line(
             answer["claim"], answer["setting"], _difference(answer), _over_pictures(answer), f"**{_verdict(answer)}**"
@@ -55,7 +61,7 @@ def _verdict(answer: dict[str, Any]) -> str:
     if answer["verdict"] != "cannot tell":
         return answer["verdict"]
     seeds = answer["seeds_that_would_tell"]
-    return f"cannot tell; {seeds} seeds might" if seeds else "cannot tell; 1000 seeds might not"
+    return f"cannot tell; {seeds} seeds would" if seeds else "cannot tell; 1000 seeds would not"
 
 
 def _digits(measure: str) -> int:

@@ -41,7 +41,7 @@ def made_up_run(row: str, setting: str, place: int, seed: int, num_looks: int) -
         "train_loss": history[-1]["train_loss"], "val_loss": history[-1]["val_loss"], "history": history,
         "num_params": 300_000 + 1000 * place, "gmacs": 0.05 + 0.001 * place, "images": 128_000, "seconds": 100.5,
         "commit": "c0ffee" * 6 + "c0ff", "host": HOST, "versions": {"coatnet": "0.1.0", "torch": "2.15.0"},
-        "config": {"data": "digits"},
+        "config": {"data": "digits", "train_percent": None, "num_epochs": 2.0, "holdout_percent": 10.0},
     }  # fmt: skip
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coatnet.layout import count
 from coatnet.studies.catalogue import STUDIES
+from coatnet.studies.cost import images_seen
 from coatnet.studies.lineage import STUDY as LINEAGE
-from coatnet.studies.scales import SCALES, Scale
+from coatnet.studies.scales import SCALES, Scale, known_num_images, moved
 from coatnet.studies.study import Study, chain
 
 SCALED = pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
@@ -80,10 +83,58 @@ def test_all_data_is_the_training_of_the_study_of_capacity():
 
 
 def test_own_pictures_take_the_place_of_the_scales():
-    scale = SCALES["small"].on("PICTURES")
+    scale = SCALES["small"].on("PICTURES", 2_000)
     for study in STUDIES.values():
         trainings = study.trainings(scale)
         assert trainings[-1].config.data == "PICTURES", study.name
+
+
+@given(st.integers(100, 5_000_000))
+def test_own_pictures_are_seen_as_often_as_the_scales_own(num_images: int):
+    for name in ("limited", "abundant", "usual", "fine_tuned"):
+        own = getattr(SCALES["small"], name)
+        config = moved(own, "PICTURES", num_images)
+        want = images_seen(own, known_num_images(own.data))
+        assert images_seen(config, num_images) == pytest.approx(want), name
+        assert config.num_epochs / config.evaluation_interval_epochs == pytest.approx(
+            own.num_epochs / own.evaluation_interval_epochs
+        )
+
+
+def test_limited_data_are_as_few_of_ones_own():
+    config = moved(SCALES["small"].limited, "PICTURES", 600_000)
+    assert config.train_percent == pytest.approx(1), "6,000 of 600,000"
+    assert moved(SCALES["small"].limited, "PICTURES", 2_000).train_percent is None, "all of fewer"
+
+
+@SCALED
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_nothing_looks_unlike_what_was_trained_by_more_than_the_recipe_says(study: Study, scale: Scale):
+    """Whole pictures in training are whole pictures when looked at, else both are cropped (Table 10 pairs them)."""
+    for training in study.trainings(scale):
+        config = training.config
+        wanted = "crop" if config.augment.crop == "random_resized" and scale.name == "paper" else "resize"
+        assert config.preprocessing.fit == wanted, training
+
+
+@SCALED
+def test_transfer_goes_to_other_pictures(scale: Scale):
+    first, *_, last = STUDIES["transfer"].trainings(scale)
+    names = [config.data.partition(":")[0] for config in (first.config, last.config)]
+    assert names[0] != names[1] or scale.name in ("toy", "paper"), names
+
+
+@SCALED
+def test_early_attention_meets_more_tokens_than_late(scale: Scale):
+    for training in STUDIES["attention-scope"].trainings(scale):
+        grids = training.config.model.grids
+        assert grids[1][0] > 3 * grids[3][0], grids
+
+
+@SCALED
+def test_the_first_split_is_the_usual_network(scale: Scale):
+    assert scale.usual.model.depths[2:4] == scale.splits[0]
+    assert len({sum(split) for split in scale.splits}) == 1, "all have as many blocks"
 
 
 def test_a_chain_is_read_as_the_paper_writes_it():

@@ -151,10 +151,15 @@ def show_answers(record: dict[str, Any], console: Console) -> None:
     answers = Table("ordering", "setting", "measured by", "difference", "95 % interval", "answer", "seeds to tell")
     for answer in figures["answers"]:
         difference = answer["difference"]
-        interval = "one seed" if difference["low"] is None else f"{difference['low']:+.2f} to {difference['high']:+.2f}"
+        digits = 2 if answer["measure"] == "top1_percent" else 4
+        mean, low, high = (_signed(difference[key], digits) for key in ("mean", "low", "high"))
         seeds = "" if answer["verdict"] != "cannot tell" else answer["seeds_that_would_tell"] or "over 1000"
         answers.add_row(
-            answer["claim"], answer["setting"], answer["measure"], f"{difference['mean']:+.2f}", interval,
+            answer["claim"], answer["setting"], answer["measure"], mean, f"{low} to {high}",
             answer["verdict"], str(seeds),
         )  # fmt: skip
     console.print(answers)
+
+
+def _signed(value: float | None, digits: int) -> str:
+    return "unknown" if value is None else f"{value:+.{digits}f}"

@@ -12,7 +12,7 @@ from typing import Any
 from coatnet.evaluation.report import page_of, section
 from coatnet.files import write_atomic
 from coatnet.studies.panels import PALETTE, UNITS, look, rows_of
-from coatnet.studies.picture import looked_at, svg_panels
+from coatnet.studies.picture import learned, looked_at, svg_panels
 from coatnet.studies.study import ABOUT_EQUAL, MUCH, Measure, Study
 from coatnet.training.finish import in_words
 
@@ -45,7 +45,7 @@ def _css() -> str:
 def _headline(study: Study, record: Row) -> str:
     figures, seeds = record["figures"], record["seeds"]
     facts = [
-        f"{figures['scale']} scale", ", ".join(figures["data"]), looked_at(figures),
+        f"{figures['scale']} scale", learned(figures), looked_at(figures),
         f"seeds {', '.join(map(str, seeds))}", record["date"][:10],
     ]  # fmt: skip
     return (
@@ -192,7 +192,10 @@ def _matches(table: Sequence[Row]) -> str:
         )
         lines.append(f"{escape(setting)}: parameters {params:.3f}, multiply-adds {macs:.3f}")
     shown = "; ".join(lines)
-    return f'<p class="note below">How well rows match, largest over smallest: {shown}.</p>'
+    return (
+        f'<p class="note below">How well rows match, largest over smallest: {shown}. The paper compares equal sizes in '
+        "Figure 1: there 1.05 and 1.15 are wanted here, at most.</p>"
+    )
 
 
 def _speed(speeds: Sequence[Row]) -> str:

@@ -76,13 +76,10 @@ def seeds_that_would_tell(difference: Estimate, relation: Relation, measure: Mea
     distance = min(abs(difference.mean - edge) for edge in edges)
     if math.isnan(difference.deviation):
         return None
-    counts = range(MIN_SEEDS, MAX_SEEDS + 1)
-    return next((n for n in counts if _reach(difference.deviation, n) < distance), None)
-
-
-def _reach(deviation: float, n: int) -> float:
-    """Return how far from an edge a mean must lie for n seeds to see it in four studies of five."""
-    return half_width(deviation, n) + float(stats.t.ppf(POWER, n - 1)) * deviation / math.sqrt(n)
+    counts = np.arange(MIN_SEEDS, MAX_SEEDS + 1)
+    quantiles = stats.t.ppf(0.5 + CONFIDENCE / 2, counts - 1) + stats.t.ppf(POWER, counts - 1)
+    tell = counts[quantiles * difference.deviation / np.sqrt(counts) < distance]  # so far from the edge is seen
+    return int(tell[0]) if len(tell) else None
 
 
 def spread_over_pictures(first: Sequence[NDArray[np.bool_]], second: Sequence[NDArray[np.bool_]]) -> float:
