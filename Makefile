@@ -52,8 +52,8 @@ bench-int8: $(BENCH_READY)  ## train coatnet_0 on letters of the system's typefa
 studies: $(READY)  ## the tables and pictures of docs/findings.md; goes on where it was ended
 	for study in $(STUDIES); do \
 	  $(BIN)/coatnet study $$study --out studies && \
-	  cp studies/$$study.json results/study_$$(echo $$study | tr - _).json && \
-	  cp studies/$$study.png docs/study_$$(echo $$study | tr - _).png || exit 1; \
+	  cp studies/$$study-small.json results/study_$$(echo $$study | tr - _).json && \
+	  cp studies/$$study-small.png docs/study_$$(echo $$study | tr - _).png || exit 1; \
 	done
 	$(BIN)/python tools/write_results.py
 
