@@ -22,9 +22,11 @@ def _trainings(scale: Scale) -> tuple[Training, ...]:
         config = replace(
             scale.abundant,
             num_epochs=scale.abundant.num_epochs * passes,
-            evaluation_interval_epochs=scale.abundant.evaluation_interval_epochs * passes,
-            train_percent=None if percent == 100 else float(percent),
+            evaluation_interval_epochs=scale.abundant.num_epochs * passes / 2,
+            train_percent=float(percent),
         )
+        if percent == 100:
+            config = scale.abundant  # so that it shares its runs with the study of capacity
         found += trainings_of(models, config, scale.px, f"{percent} %")
     return tuple(found)
 
