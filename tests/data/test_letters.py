@@ -169,6 +169,16 @@ def test_a_font_of_one_shape_for_all_is_passed_over():
     assert not letters._draws(last_resort)
 
 
+def test_a_font_that_draws_nothing_for_a_class_is_passed_over(fonts: Path, tmp_path: Path):
+    path = next(fonts.glob("*/*.ttf"))
+    assert letters._draws(path)
+    with TTFont(path) as font:
+        glyph = font["glyf"][font.getBestCmap()[ord("7")]]
+        glyph.numberOfContours = 0
+        font.save(tmp_path / "no7.ttf")
+    assert not letters._draws(tmp_path / "no7.ttf")
+
+
 @pytest.mark.parametrize("name", ["letters:", "letters:x", "letters:-5", "letters:5", "letters:99999999", "digits:10"])
 def test_a_number_that_is_none_is_refused(name: str):
     assert name.split(":")[0] in message(lambda: open_data(name))

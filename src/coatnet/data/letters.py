@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -141,12 +142,13 @@ def _find_typefaces(folder: Path, _key: str) -> dict[str, list[list[Path]]]:
 
 
 def _draws(path: Path) -> bool:
-    """Return whether a font has shapes for letters, and not one shape for all."""
+    """Return whether a font has a shape for every class, and not one shape for all."""
     try:
-        shapes = {_glyph(path, letter).tobytes() for letter in "A8g"}
+        font = _open_font(path)
+        masks: dict[str, Any] = {character: font.getmask(character) for character in CLASS_NAMES}  # PIL's own, untyped
     except (OSError, ValueError):
         return False
-    return len(shapes) == 3
+    return all(mask.getbbox() for mask in masks.values()) and len({bytes(masks[letter]) for letter in "A8g"}) == 3
 
 
 def _draw_block(families: Sequence[Sequence[Path]], part: str, number: int) -> Pixels:
@@ -166,14 +168,15 @@ def draw(families: Sequence[Sequence[Path]], part: str, number: int) -> Pixels:
 
 
 def _glyph(path: Path, character: str) -> Image.Image:
-    """Return a character's shape, cut out. Raises: OSError, ValueError where the font has none."""
-    font = ImageFont.truetype(str(path), _GLYPH_PX, layout_engine=ImageFont.Layout.BASIC)
+    """Return a character's shape, cut out."""
+    font = _open_font(path)
     canvas = Image.new("L", (3 * _GLYPH_PX, 3 * _GLYPH_PX))
     ImageDraw.Draw(canvas).text((1.5 * _GLYPH_PX, 1.5 * _GLYPH_PX), character, fill=255, font=font, anchor="mm")
-    box = canvas.getbbox()
-    if box is None:
-        raise ValueError(f"{path} draws nothing for {character}")
-    return canvas.crop(box)
+    return canvas.crop(canvas.getbbox())
+
+
+def _open_font(path: Path) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(path), _GLYPH_PX, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _place(glyph: Image.Image, rng: np.random.Generator) -> Image.Image:
