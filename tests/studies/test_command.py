@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,7 +163,6 @@ def test_own_pictures_one_of_which_cannot_be_read(tmp_path: Path):
     [
         (["linage"], "There is no study 'linage'. Did you mean 'lineage'"),
         (["lineage", "--scale", "paper"], "--scale paper needs --data, a folder of pictures like ImageNet's."),
-        (["transfer", "--scale", "paper", "--data", "X"], "X is not there"),
         (["lineage", "--shard", "3/2"], "A shard of '3/2' cannot be read. Give it like 2/4"),
         (["lineage", "--seeds", "0"], "--seeds is 0. Give 1 or more; an answer takes 3."),
     ],
@@ -176,6 +176,26 @@ def test_what_cannot_be_is_said_in_a_line(
     assert said in error, error
     assert len(error.splitlines()) == 1, error
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_transfer_at_paper_scale_asks_what_is_learned_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    write_pictures(tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["study", "transfer", "--scale", "paper", "--data", "pictures"]) == 2
+    assert "--scale paper needs --pretraining-data" in capsys.readouterr().err
+
+
+def test_pictures_that_changed_between_runs_are_noticed(lineage: Path, tmp_path: Path):
+    shutil.copytree(lineage / "studies" / "runs", tmp_path / "studies" / "runs")
+    path = next((tmp_path / "studies" / "runs").glob("*.json"))
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({**result, "data_sha256": "0" * 64}))
+    done = study("lineage", "--scale", "toy", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout
+    assert "saw different pictures under the name digits" in done.stderr, done.stderr
+    assert not (tmp_path / "studies" / "lineage-toy.json").exists()
 
 
 def test_the_list_says_question_rows_and_cost(tmp_path: Path):
