@@ -199,8 +199,13 @@ SMALL = Scale(
 )
 
 
+_TOY_NETWORKS = {
+    row: replace(model, depths=(3,) if row == "ViT_rel" else (1, 1, 2, 2, 1)) for row, model in _SMALL_NETWORKS.items()
+}
+
+
 def _toy(config: TrainConfig) -> TrainConfig:
-    network = replace(_CCTT, image_size=(8, 8))
+    network = replace(_TOY_NETWORKS["CCTT"], image_size=(8, 8))
     optimizer = replace(config.optimizer, warmup_steps=4)
     return _training(
         network, "digits", epochs=1, looks=2, batch=64, optimizer=optimizer, train_percent=config.train_percent,
@@ -211,7 +216,10 @@ def _toy(config: TrainConfig) -> TrainConfig:
 TOY = replace(
     SMALL,
     name="toy",
-    summary="the same networks on scikit-learn's digits at 8 px: a minute, to see one work; its answers mean nothing",
+    networks=_TOY_NETWORKS,
+    listing_widths=(16, 24, 32, 48, 80),
+    splits=((2, 2), (1, 3), (3, 1)),
+    summary="still smaller networks, scikit-learn's digits at 8 px: a minute, to see one work; the answers mean nothing",
     px=8,
     larger_px=16,
     early_px=16,
