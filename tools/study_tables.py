@@ -86,7 +86,7 @@ def _rows(table: list[dict[str, Any]]) -> str:
 
 def _cost(record: Record) -> str:
     figures, runs = record["figures"], record["figures"]["runs"]
-    hosts = sorted({f"{run['host']['cpu']}, {run['host']['torch_threads']} threads a run" for run in runs})
+    hosts = sorted({f"{run['host']['cpu']}, {run['host']['torch_threads']} thread(s) a run" for run in runs})
     commits = sorted({(run["commit"] or "none")[:10] for run in runs})
     pictures = sorted({f"{row['n']:,} {row['part']} pictures" for row in figures["table"]})
     hours, seeds = record["seconds"] / 3600, ", ".join(map(str, record["seeds"]))
