@@ -23,7 +23,7 @@ from coatnet.bench.cli import bench
 from coatnet.errors import CoatnetError, ConfigError
 from coatnet.plan.cli import plan
 from coatnet.studies.cli import study
-from coatnet.typed import Device, FloatPrecisionFlag, Json, parse_duration_s, parse_size, print_json
+from coatnet.typed import STOPPED, Device, FloatPrecisionFlag, Json, parse_duration_s, parse_size, print_json
 
 if TYPE_CHECKING:
     from coatnet.evaluation.metrics import Summary
@@ -42,8 +42,6 @@ app = App(
 app.command(bench)
 app.command(plan)
 app.command(study)
-
-STOPPED = 130  # exit status after Ctrl-C, as shells have it
 
 
 @app.command

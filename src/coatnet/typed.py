@@ -1,4 +1,4 @@
-"""What is typed, read alike by every command: sizes, durations, and the flags that several commands have."""
+"""What is typed, read alike by every command: sizes, durations, flags that several have; how a stopped one ends."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from cyclopts import Parameter
 
 from coatnet.config import FloatPrecision
 from coatnet.errors import ConfigError
+
+STOPPED = 130  # exit status after Ctrl-C, as shells have it
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object instead of text.")]
 FloatPrecisionFlag = Annotated[

@@ -10,9 +10,7 @@ from cyclopts import App
 
 from coatnet.errors import ConfigError
 from coatnet.studies.scales import ScaleName
-from coatnet.typed import Device, Json, print_json
-
-STOPPED = 130  # exit status after Ctrl-C, as shells have it
+from coatnet.typed import STOPPED, Device, Json, print_json
 
 study = App(
     name="study",
@@ -63,7 +61,7 @@ def run_study(
     pretraining_data: str
         For the study of transfer: what is learned first, in place of the scale's own.
     scale: str
-        toy (seconds), small (a laptop's hours), medium (a GPU's day), paper (ImageNet, a cluster).
+        toy (a minute), small (a laptop's hours), medium (a GPU's day), paper (ImageNet, a cluster).
     seeds: int
         Runs of each row; an answer takes 3 at least.
     out: Path

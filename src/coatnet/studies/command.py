@@ -57,7 +57,8 @@ def do_study(
     if left:
         configs = [cell.config for cell in left]
         console.print(f"to do: {in_words(total_images(configs, _num_images), total_macs(configs, _num_images))}")
-    with Shown(console, len(mine)) as shown:
+    shown = Shown(console, len(mine))
+    with shown.bar:
         for cell in do_all(mine, out, str(find_device(device)), shown.listener):
             shown.done(cell, read_result(out, cell))
     missing = sum(not is_done(out, cell) for cell in cells)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from coatnet.evaluation.report import page_of, section
 from coatnet.files import write_atomic
-from coatnet.studies.panels import PALETTE, UNITS, look, rows_of
+from coatnet.studies.panels import PALETTE, UNITS, look, rows_of, runs_of
 from coatnet.studies.picture import learned, looked_at, svg_panels
 from coatnet.studies.study import ABOUT_EQUAL, MUCH, Measure, Study
 from coatnet.training.finish import in_words
@@ -133,7 +133,7 @@ def _table(figures: Row) -> str:
         "row", "setting", "parameters", "M multiply-adds", "top-1 %", "each seed", "training loss", "held-out loss",
         "generalisation gap", "pictures seen", "seconds",
     ]  # fmt: skip
-    rows = [_line(row, figures["runs"], names) for row in figures["table"]]
+    rows = [_line(row, runs_of(figures, row), names) for row in figures["table"]]
     note = (
         '<p class="note">Means over the seeds; small figures are 95 % intervals over them. The training loss is that '
         "of the last stretch of training, as it is trained: with augmentation and smoothed targets where the study has "
@@ -142,9 +142,8 @@ def _table(figures: Row) -> str:
     return note + _html_table(heads, rows, num_words=2)
 
 
-def _line(row: Row, runs: Sequence[Row], names: Sequence[str]) -> list[str]:
-    mine = [run for run in runs if (run["row"], run["setting"]) == (row["row"], row["setting"])]
-    each = " ".join(f"{run['top1_percent']:.2f}" for run in mine)
+def _line(row: Row, runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    each = " ".join(f"{run['top1_percent']:.2f}" for run in runs)
     train, held_out = row["train_loss"], row["val_loss"]
     colour = [light for light, _ in PALETTE].index(look(row["row"], names)["color"])
     return [

@@ -144,7 +144,8 @@ def _interval(found: Row) -> tuple[float, float] | None:
     return None if found["low"] is None else (found["low"], found["high"])
 
 
-def _runs_of(figures: Row, row: Row) -> list[Row]:
+def runs_of(figures: Row, row: Row) -> list[Row]:
+    """Return the runs behind a row of the table, by seed."""
     return [run for run in figures["runs"] if (run["row"], run["setting"]) == (row["row"], row["setting"])]
 
 
@@ -155,7 +156,7 @@ def _draw_curves(figures: Row, names: Sequence[str], axes: Axes) -> None:
     """Draw held-out accuracy against training loss along the runs: means bold, each seed faint."""
     for row in figures["table"]:
         colour = look(row["row"], names)["color"]
-        for run in _runs_of(figures, row):
+        for run in runs_of(figures, row):
             axes.plot(*_points(run["history"]), color=colour, linewidth=0.9, alpha=0.35)
     for curve in figures["curves"]:
         colour, marker = look(curve["row"], names).values()
@@ -181,7 +182,7 @@ def _points(history: Iterable[Row]) -> tuple[list[float], list[float]]:
 def _our_dots(figures: Row) -> dict[str, list[Dot]]:
     groups = dict[str, list[Dot]]()
     for row in figures["table"]:
-        top1, seeds = row["top1_percent"], [run["top1_percent"] for run in _runs_of(figures, row)]
+        top1, seeds = row["top1_percent"], [run["top1_percent"] for run in runs_of(figures, row)]
         groups.setdefault(row["setting"], []).append(Dot(row["row"], top1["mean"], _interval(top1), seeds))
     return groups
 

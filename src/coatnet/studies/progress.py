@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,7 +13,7 @@ from coatnet.training.run import Tick
 
 
 class Shown:
-    """Show how far the runs are; use it as a context."""
+    """Show how far the runs are, while its bar is entered."""
 
     def __init__(self, console: Console, num_runs: int) -> None:
         self.console = console
@@ -30,15 +29,6 @@ class Shown:
             transient=True,
         )
         self.task = self.bar.add_task("starting", total=num_runs)
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
 
     def listener(self, cell: Cell) -> Callable[[Tick], None]:
         """Return what hears the updates of a run."""
