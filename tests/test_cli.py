@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -452,14 +453,17 @@ def test_what_needs_no_torch_loads_none(tokens: list[str]):
 
 
 def test_help_comes_at_once():
-    """Under a quarter of a second of CPU time, the best of three: the clock on the wall knows of other programs."""
-    used_s: list[float] = []
-    for _ in range(3):
-        before = os.times()
-        subprocess.run([sys.executable, "-m", "coatnet", "--help"], stdout=subprocess.DEVNULL, check=True)
-        after = os.times()
-        used_s.append(after.children_user - before.children_user)
-    assert min(used_s) < 0.25, f"{used_s} s"
+    """It costs little beside an empty program's help by the same library: CPU time, in turns, the best of five."""
+    empty = "import cyclopts; cyclopts.App(help_format='plaintext')(['--help'])"
+
+    def used_s(*arguments: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+    turns = [(used_s("-m", "coatnet", "--help"), used_s("-c", empty)) for _ in range(5)]
+    ours_s, empty_s = (min(column) for column in zip(*turns, strict=True))
+    assert ours_s < 2.5 * empty_s, f"{ours_s:.3f} s, an empty program {empty_s:.3f} s"
 
 
 def test_ctrl_c_leaves_a_usable_run_that_can_be_resumed(pictures: Path, tmp_path: Path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -17,6 +17,7 @@ Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSO
 FloatPrecisionFlag = Annotated[
     FloatPrecision, Parameter(help="bf16 is faster where the processor has it; answers move a little.")
 ]
+ScaleName = Literal["toy", "small", "medium", "paper"]  # rows of studies/scales.py, which help need not load
 Device = Annotated[str, Parameter(help="cpu, cuda, cuda:0, mps, or auto for the best at hand.")]
 
 

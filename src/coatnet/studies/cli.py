@@ -9,8 +9,7 @@ from pathlib import Path
 from cyclopts import App
 
 from coatnet.errors import ConfigError
-from coatnet.studies.scales import ScaleName
-from coatnet.typed import STOPPED, Device, Json, print_json
+from coatnet.typed import STOPPED, Device, Json, ScaleName, print_json
 
 study = App(
     name="study",

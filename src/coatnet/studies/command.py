@@ -20,10 +20,11 @@ from coatnet.studies import catalogue
 from coatnet.studies.cost import in_words, total_images, total_macs
 from coatnet.studies.progress import Shown
 from coatnet.studies.runs import Cell, cells_of, do_all, is_done, opened, read_result, shard_of
-from coatnet.studies.scales import DATA_WANTED, SCALES, Scale, ScaleName, moved
+from coatnet.studies.scales import DATA_WANTED, SCALES, Scale, moved
 from coatnet.studies.study import Study, Training
 from coatnet.studies.transfer import PRETRAINED
 from coatnet.training.allocator import keep_freed_memory
+from coatnet.typed import ScaleName
 
 
 def do_study(

@@ -7,8 +7,9 @@ from typing import Any
 
 from coatnet.studies.catalogue import STUDIES
 from coatnet.studies.cost import in_words, total_images, total_macs
-from coatnet.studies.scales import SCALES, ScaleName, known_num_images
+from coatnet.studies.scales import SCALES, known_num_images
 from coatnet.studies.study import names_of, settings_of
+from coatnet.typed import ScaleName
 
 
 def rows(scale_name: ScaleName, num_seeds: int) -> list[dict[str, Any]]:

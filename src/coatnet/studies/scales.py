@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from coatnet import recipes, zoo
 from coatnet.config import (
@@ -19,8 +19,8 @@ from coatnet.config import (
     PreprocessingConfig,
     TrainConfig,
 )
+from coatnet.typed import ScaleName
 
-ScaleName = Literal["toy", "small", "medium", "paper"]
 DATA_WANTED = "DATA"  # stands where somebody has to say which pictures
 NUM_IMAGES = {"fashion-mnist": 60_000, "digits": 1_416, "letters": 100_000, DATA_WANTED: 1_281_167}  # for training
 
