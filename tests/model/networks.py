@@ -28,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "linear": {"attention": "linear"},
     "layer norm": {"mbconv_norm": "layer"},
     "depthwise stride": {"stride_in": "depthwise"},
-    "few strides": {"strides": (1, 2, 1, 2, 1)},
+    "few strides": {"strides": (1, 2, 1, 2, 1), "depths": (3, 1, 1, 2, 1)},  # and a stem of three convolutions
     "listing": {"blocks": "listing", "head": "plain", "head_dim": 32, "widths": (4, 8, 8, 32, 32)},
 }
 

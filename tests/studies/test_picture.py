@@ -63,7 +63,7 @@ def test_one_seed_has_no_intervals_to_draw(make: Make, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "titles"),
     [
-        ("capacity", ["Accuracy against training loss", "Final top-1", "By top-1", "By training loss"]),
+        ("capacity", ["Accuracy against training loss", "Final top-1", "The paper's order", "By top-1", "By training"]),
         ("relative-attention", ["Final top-1", "The paper's top-1 (Table 6; Eq. 3)", "By top-1"]),
         ("attention-scope", ["Final top-1", "Accuracy against speed", "By top-1"]),
         ("data-scale", ["Accuracy against data", "By top-1"]),
@@ -108,3 +108,12 @@ def test_a_layout_looks_the_same_in_every_study():
     assert look("CTTT", LAYOUTS) == look("CTTT", ("CCTT", "CTTT"))
     others = [look(name, ("a", "b", "c"))["color"] for name in ("a", "b", "c")]
     assert len(set(others)) == 3
+
+
+def test_where_the_paper_prints_no_numbers_its_order_is_drawn(make: Make):
+    """Worse is left of better: CCTT ~ CTTT > ViT_rel > CCCT > CCCC."""
+    panels = result_panels(catalogue.find("capacity"), make("capacity"))
+    axes = Figure().subplots()
+    next(panel for panel in panels if panel.title == "The paper's order (Figure 1b)").draw(axes)
+    places = dict(zip(LAYOUTS, (float(line.get_xdata()[0]) for line in axes.lines), strict=True))  # pyright: ignore
+    assert places["CCTT"] == places["CTTT"] > places["ViT_rel"] > places["CCCT"] > places["CCCC"], places

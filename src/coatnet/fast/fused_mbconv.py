@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from coatnet.fast.batch_norm import Moments, batch_norm_of
 from coatnet.fast.kernels import (
+    STRIP,
     GatedWeight,
     Weight,
     WeightSlope,
@@ -24,8 +25,6 @@ from coatnet.fast.kernels import (
     sum_of_rows,
 )
 from coatnet.model.mbconv import MBConv
-
-STRIP = 14  # lines (native/training.h)
 
 
 def _gates(mean: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> Tensor:
@@ -89,7 +88,7 @@ class Inverted(torch.autograd.Function):
             filtered = torch.empty_like(expanded)
             sums = run_map("ACTED_DEPTHWISE", expanded, weight=w.taps, out=filtered, **first.fields)
             second = Moments(sums, B * H * W, batch_norm_of(block.depthwise_norm))
-            shrink = GatedWeight(w.shrink.flatten(1), w.shrink_bias)
+            shrink = GatedWeight(w.shrink.flatten(1), w.shrink_bias, pixels=H * W)
             out, mean, gates = source.new_empty(B, H, W, shrink.width), torch.empty(B, hidden), torch.empty(B, hidden)
             for group in groups(expanded):
                 acted = scratch("group", filtered[group].shape)

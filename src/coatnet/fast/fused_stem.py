@@ -1,11 +1,12 @@
-"""S0 in training as one autograd function on the kernels: convolution, BatchNorm, GELU, convolution. bf16."""
+"""S0 in training as one autograd function on the kernels: convolutions, BatchNorm and GELU between them. bf16."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coatnet.fast.batch_norm import Moments, batch_norm_of
@@ -23,89 +24,109 @@ from coatnet.fast.kernels import (
 from coatnet.model.layers import ConvStem
 
 
-class StemWeights(NamedTuple):
-    """What the stem learns; of gradients, the same in the same order."""
+class Convolution(NamedTuple):
+    """What a convolution of the stem learns."""
 
-    weight1: Tensor
-    bias1: Tensor
-    norm: Tensor
-    norm_bias: Tensor
-    weight2: Tensor
-    bias2: Tensor
+    weight: Tensor
+    bias: Tensor
 
-    @classmethod
-    def of(cls, stem: ConvStem) -> StemWeights:
-        first, norm, _, second = stem
-        found: list[Any] = [part for layer in (first, norm, second) for part in (layer.weight, layer.bias)]
-        return cls._make(found)
-
-    def rows1(self, depth: int) -> Tensor:
-        """The first convolution on unfolded patches of so many values: (D, depth)."""
-        rows = self.weight1.permute(0, 2, 3, 1).flatten(1)
+    def rows_of_patches(self, depth: int) -> Tensor:
+        """The weight on unfolded patches of so many values: (D, depth)."""
+        rows = self.weight.permute(0, 2, 3, 1).flatten(1)
         return F.pad(rows, (0, depth - rows.shape[1]))
 
     @property
-    def rows2(self) -> Tensor:
-        """The second convolution, lines of taps one after the other: (D, 9 D)."""
-        return self.weight2.permute(0, 2, 3, 1).flatten(1)
+    def rows(self) -> Tensor:
+        """The weight, lines of taps one after the other: (D, 9 C)."""
+        return self.weight.permute(0, 2, 3, 1).flatten(1)
+
+    @property
+    def back(self) -> Tensor:
+        """The weight of the way back: (C, 9 D)."""
+        return self.weight.flip(2, 3).permute(1, 2, 3, 0).flatten(1)
+
+
+def weights_of(stem: ConvStem) -> list[Tensor]:
+    """Return what the stem learns: of each convolution and each norm, in turns, weight and bias."""
+    layers: list[Any] = [layer for layer in stem if not isinstance(layer, nn.GELU)]
+    return [part for layer in layers for part in (layer.weight, layer.bias)]
+
+
+def _convolutions(weights: Sequence[Tensor]) -> list[Convolution]:
+    return [Convolution(*weights[first : first + 2]) for first in range(0, len(weights), 4)]
 
 
 class Stemmed(torch.autograd.Function):
-    """S0 of two convolutions: images (B, C, H, W) float -> (B, D, h, w) bf16. Images get no gradient."""
+    """S0: images (B, C, H, W) float -> (B, D, h, w) bf16. Images get no gradient.
+
+    Kept are the maps that BatchNorm norms; what the activation makes of them exists for a group of images at a time.
+    """
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, stem: ConvStem, *weights: Tensor) -> Tensor:
-        w = StemWeights(*weights)
-        first, norm, _, _ = stem
+        first, *inner = _convolutions(weights)
         with torch.autocast("cpu", enabled=False):
-            patches = _unfold(images, first.stride[0])  # pyright: ignore
-            B, H, W, _ = patches.shape
-            convolved = Weight(w.rows1(patches.shape[3]).T, w.bias1).product(patches)
-            moments = Moments(run_map("MOMENTS", convolved), B * H * W, batch_norm_of(norm))
-            second, out = Weight(w.rows2.T, w.bias2), torch.empty_like(convolved)
-            for group in groups(convolved):
-                acted = scratch("group", convolved[group].shape)
-                run_map("ACTED", convolved[group], out=acted, **moments.fields)
-                padded = _bordered("acted", acted)
-                padded[:, 1:-1, 1:-1] = acted
-                _convolve(padded, second, out[group])
-        ctx.save_for_backward(patches, convolved, *weights)
-        ctx.moments = moments
-        return out.permute(0, 3, 1, 2)
+            patches = _unfold(images, stem[0].stride[0])  # pyright: ignore
+            count = patches[..., 0].numel()
+            made = [Weight(first.rows_of_patches(patches.shape[3]).T, first.bias).product(patches)]
+            ctx.moments = []
+            for convolution, norm in zip(inner, list(stem)[1::3], strict=True):
+                ctx.moments.append(Moments(run_map("MOMENTS", made[-1]), count, batch_norm_of(norm)))
+                made.append(_act_and_convolve(made[-1], ctx.moments[-1], convolution))
+        ctx.save_for_backward(patches, *made[:-1], *weights)
+        return made[-1].permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        patches, convolved, *weights = ctx.saved_tensors
-        w, B, width = StemWeights(*weights), len(convolved), convolved.shape[3]
+        num_norms = len(ctx.moments)
+        patches, *saved = ctx.saved_tensors
+        made, (first, *inner) = saved[:num_norms], _convolutions(saved[num_norms:])
         with torch.autocast("cpu", enabled=False):
             slope = bf16_rows(slope.permute(0, 2, 3, 1))
-            back = Weight(w.weight2.flip(2, 3).permute(1, 2, 3, 0).flatten(1).T)
-            padded, acted = _bordered("slope", convolved), _bordered("acted", convolved)
-            sums, ones = torch.empty(2, B, width), torch.ones(B, width)
-            acted_slope = scratch("expanded slope", convolved.shape)
-            for group in groups(convolved):
-                padded[group, 1:-1, 1:-1] = slope[group]
-                _convolve(padded[group], back, acted_slope[group])
-                there = scratch("group", convolved[group].shape)
-                sums[:, group] = run_map(
-                    "ACTED_SLOPE", convolved[group], gradient=acted_slope[group], gates=ones[group],
-                    mean_slopes=torch.zeros_like(ones[group]), out=there, **ctx.moments.fields,
-                )  # fmt: skip
-                acted[group, 1:-1, 1:-1] = there
-            weight2_slope = _taps_slope(padded, acted)
-            norm_slope, norm_bias_slope, mix = ctx.moments.backward(sums)
-            weight1_slope = WeightSlope(width, patches.shape[3])
-            for group in groups(convolved):
-                mixed = scratch("group", convolved[group].shape)
-                run_map("MIXED", convolved[group], gradient=acted_slope[group], mix=mix, out=mixed)
-                weight1_slope.add(mixed, patches[group])
-            _, channels, side, _ = w.weight1.shape
-            taps = weight1_slope.total[:, : side * side * channels].unflatten(1, (side, side, channels))
-            slopes = (  # the first bias has none: BatchNorm takes it away again
-                taps.permute(0, 3, 1, 2), torch.zeros(width), norm_slope, norm_bias_slope, weight2_slope,
-                sum_of_rows(slope),
-            )  # fmt: skip
-        return None, None, *slopes  # in the order of StemWeights
+            found = [sum_of_rows(slope)]  # from the last to the first
+            for before, moments, convolution in zip(made[::-1], ctx.moments[::-1], inner[::-1], strict=True):
+                slope, weight_slope, sums = _slopes(before, slope, moments, convolution)
+                norm_slope, norm_bias_slope, mix = moments.backward(sums)
+                run_map("MIXED", before, gradient=slope, mix=mix, out=slope)
+                # The bias before a norm has no gradient: BatchNorm takes it away again.
+                found += [weight_slope, norm_bias_slope, norm_slope, torch.zeros(len(norm_slope))]
+            channels, side, _ = first.weight.shape[1:]
+            rows = WeightSlope(slope.shape[3], patches.shape[3]).add(slope, patches).total
+            taps = rows[:, : side * side * channels].unflatten(1, (side, side, channels))
+        return None, None, taps.permute(0, 3, 1, 2), *found[::-1]
+
+
+def _act_and_convolve(x: Tensor, moments: Moments, convolution: Convolution) -> Tensor:
+    """Norm, GELU, convolve by 3x3 taps: (B, H, W, C) -> (B, H, W, D)."""
+    weight, out = Weight(convolution.rows.T, convolution.bias), x.new_empty(*x.shape[:3], len(convolution.bias))
+    for group in groups(x):
+        acted = scratch("group", x[group].shape)
+        run_map("ACTED", x[group], out=acted, **moments.fields)
+        padded = _bordered("acted", acted)
+        padded[:, 1:-1, 1:-1] = acted
+        _convolve(padded, weight, out[group])
+    return out
+
+
+def _slopes(x: Tensor, slope: Tensor, moments: Moments, convolution: Convolution) -> tuple[Tensor, Tensor, Tensor]:
+    """Go back through `_act_and_convolve`: the gradients of what GELU took and of the weight, and the former's sums.
+
+    The first lies in scratch, and so may `slope`.
+    """
+    weight, (B, *_, width) = Weight(convolution.back.T), x.shape
+    padded, acted = _bordered("slope", slope), _bordered("acted", x)
+    sums, ones, zeros = torch.empty(2, B, width), torch.ones(B, width), torch.zeros(B, width)
+    acted_slope = scratch("expanded slope", x.shape)
+    for group in groups(x):
+        padded[group, 1:-1, 1:-1] = slope[group]
+        _convolve(padded[group], weight, acted_slope[group])
+        there = scratch("group", x[group].shape)
+        sums[:, group] = run_map(
+            "ACTED_SLOPE", x[group], gradient=acted_slope[group], gates=ones[group], mean_slopes=zeros[group],
+            out=there, **moments.fields,
+        )  # fmt: skip
+        acted[group, 1:-1, 1:-1] = there
+    return acted_slope, _taps_slope(padded, acted), sums
 
 
 def _unfold(images: Tensor, stride: int) -> Tensor:

@@ -15,6 +15,9 @@ from coatnet.fast.packing import PANEL, panels
 
 BF16 = native.TYPES["BF16"]
 GROUP_BYTES = 4 << 20  # of a wide map that goes through several kernels at once, to be found in the caches
+STRIP = 14  # lines that some kernels do in one go (native/training.h)
+BY_STRIP = ("ACTED_DEPTHWISE", "DEPTHWISE_SLOPE")
+SMALL_MAP = 256  # pixels
 Fields = Tensor | int
 
 
@@ -27,9 +30,14 @@ def run(kind: str, **fields: Fields) -> None:
 def run_map(kind: str, source: Tensor, **fields: Fields) -> Tensor:
     """Run a kernel over a map (images, lines, cells, channels); return its sums, (2, images, channels) float32."""
     images, lines, cells, width = source.shape
-    sums = torch.empty(images, lines, 2, width)
+    if kind in BY_STRIP:
+        parts = -(-lines // STRIP)
+    else:  # pixel by pixel: a small map is as good as one line
+        lines, cells = (1, lines * cells) if lines * cells <= SMALL_MAP else (lines, cells)
+        parts = lines
+    sums = torch.empty(images, parts, 2, width)
     run(kind, images=images, lines=lines, cells=cells, width=width, source=source, sums=sums, **fields)
-    return sums.sum(dim=1).transpose(0, 1)
+    return (sums[:, 0] if parts == 1 else sums.sum(dim=1)).transpose(0, 1)
 
 
 def scratch(name: str, shape: Sequence[int]) -> Tensor:
@@ -82,19 +90,28 @@ class Weight:
 
 
 class GatedWeight:
-    """A product's weight (N, K) and bias, of which each image has its own, gated by its channels in."""
+    """A product's weight (N, K) and bias for maps of so many pixels, gated by its channels in, image by image."""
 
-    def __init__(self, weight_NK: Tensor, bias_N: Tensor) -> None:
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor, pixels: int) -> None:
         self.width = weight_NK.shape[0]
-        self.raw = panels(weight_NK.detach().T.float())
+        self.shared = self.raw = None
+        if pixels < self.width:  # gating the map is less work than gating the weights for each image
+            self.shared = Weight(weight_NK.T, bias_N)
+        else:
+            self.raw = panels(weight_NK.detach().T.float())
         self.bias = F.pad(bias_N.detach().float(), (0, -self.width % PANEL))
 
     def product(self, x: Tensor, gates: Tensor, out: Tensor) -> None:
-        """Multiply x (B, H, W, K) bf16, gated by (B, K), into out (B, H, W, N) bf16."""
-        B, H, W, K = x.shape
-        N, packed = self.width, x.new_empty(len(x), *self.raw.shape)
+        """Multiply x (B, H, W, K) bf16, gated by (B, K), into out (B, H, W, N) bf16. May write over x."""
+        (B, H, W, K), N, gates = x.shape, self.width, gates.contiguous()
+        if self.shared is not None:
+            run("GATED", type=BF16, images=B, lines=1, cells=H * W, width=K, source=x, gates=gates, out=x)
+            self.shared.product(x, out)
+            return
+        assert self.raw is not None
+        packed = x.new_empty(B, *self.raw.shape)
         run(
-            "SCALE", out_type=BF16, images=B, depth=K, width=N, source=gates.contiguous(), weight=self.raw,
+            "SCALE", out_type=BF16, images=B, depth=K, width=N, source=gates, weight=self.raw,
             weight_image=packed[0].nbytes, out=packed,
         )  # fmt: skip
         run(
@@ -134,5 +151,5 @@ def bf16_rows(x: Tensor) -> Tensor:
 
 
 def sum_of_rows(slope: Tensor) -> Tensor:
-    """Return the gradient of a bias: (..., N) bf16 -> (N,) float32."""
-    return slope.flatten(0, -2).sum(dim=0, dtype=torch.float32)
+    """Return the gradient of a bias: (B, ..., N) bf16 -> (N,) float32."""
+    return run_map("MOMENTS", slope.reshape(len(slope), 1, -1, slope.shape[-1]))[0].sum(dim=0)

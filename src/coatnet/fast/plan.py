@@ -117,9 +117,14 @@ class Plan:
         source = self._in_8_bits(x, block.expand)
         expanded = self._product("expanded", source, block.expand, into=block.depthwise)
         filtered, sums = self._depthwise(expanded, block)
-        scaled = self._gated_weights(filtered, sums, block)
-        kept = self._shortcut(block.shortcut, x)
-        return self._product("x", filtered, block.shrink, weights=scaled, residual=kept)
+        gates = self._gates(filtered, sums, block)
+        weights = None
+        if filtered.range8 is not None or math.prod(filtered.data.shape[1:3]) > block.shrink.out_channels:
+            weights = self._gated_weights(filtered, gates, block)
+        else:
+            _, lines, cells, channels = filtered.data.shape
+            self._add("GATED", filtered, filtered.data, lines=lines, cells=cells, width=channels, gates=gates)
+        return self._product("x", filtered, block.shrink, weights=weights, residual=self._shortcut(block.shortcut, x))
 
     def _transformer(self, block: Transformer, x: Map) -> Map:
         attention = block.attention
@@ -169,11 +174,12 @@ class Plan:
         num_out = module.weight.shape[0]
         into_product = isinstance(into, nn.Linear)
         out = residual or self._map(name, size, num_out, self._type(range8), range8, border, spread=into_product)
-        flat = stride == 1 and segments == 1 and border == 0
-        lines, cells = (1, size[0] * size[1]) if flat else size
+        images, (lines, cells) = self.images, size
+        if stride == 1 and segments == 1 and border == 0:  # pixel after pixel, whatever line or image they are of
+            images, lines, cells = (images, 1, lines * cells) if weights else (1, 1, images * lines * cells)
         line_bytes, out_line_bytes = (made.data.shape[2] * made.pixel_bytes for made in (source, out))
         self._add(
-            "PRODUCT", source, out.data[:, border:, border:], lines=lines, cells=cells, width=num_out,
+            "PRODUCT", source, out.data[:, border:, border:], images=images, lines=lines, cells=cells, width=num_out,
             range8=out.range8, depth=channels * segments, segments=segments, segment_stride=line_bytes,
             source_image=in_lines * line_bytes, source_line=line_bytes * stride,
             source_cell=source.pixel_bytes * stride, out_image=out.data.shape[1] * out_line_bytes,
@@ -202,9 +208,9 @@ class Plan:
         )  # fmt: skip
         return out, sums
 
-    def _gated_weights(self, source: Map, sums: Tensor, block: MBConv) -> Packed:
-        """Scale the weights that shrink by squeeze-excite's gates, for each image."""
-        excite, reduce, shrink = block.squeeze_excite.expand, block.squeeze_excite.reduce, block.shrink
+    def _gates(self, source: Map, sums: Tensor, block: MBConv) -> Tensor:
+        """Return squeeze-excite's gates, (images, channels) float32."""
+        excite, reduce = block.squeeze_excite.expand, block.squeeze_excite.reduce
         images, lines, cells, channels = source.data.shape
         gates = self._buffer("gates", (images, channels), torch.float32)
         self._row(
@@ -212,6 +218,11 @@ class Plan:
             squeeze=self._keep(reduce.weight.flatten(1)), squeeze_bias=self._keep(reduce.bias),
             excite=self._keep(excite.weight.flatten(1).T), excite_bias=self._keep(excite.bias), out=gates,
         )  # fmt: skip
+        return gates
+
+    def _gated_weights(self, source: Map, gates: Tensor, block: MBConv) -> Packed:
+        """Scale the weights that shrink by the gates, for each image."""
+        (images, channels), shrink = gates.shape, block.shrink
         name = self.packing.names[id(shrink)]
         step = torch.ones(channels) if source.range8 is None else source.range8.step
         raw = self.packing.keep(f"raw {name}", lambda: panels(shrink.weight.flatten(1).T * step[:, None]))
@@ -322,10 +333,10 @@ class Plan:
         if range8 is not None:
             fields["out_scale"], fields["out_zero"] = self._keep(1 / range8.step), self._keep(range8.zero)
         out_type = next(name for name, dtype in TORCH_TYPES.items() if dtype == out.dtype)
+        fields = {"images": self.images, **fields}
         self._row(
-            kind, type=native.TYPES[source.type], out_type=native.TYPES[out_type], images=self.images,
-            source=source.data, out=out, **fields,
-        )  # fmt: skip
+            kind, type=native.TYPES[source.type], out_type=native.TYPES[out_type], source=source.data, out=out, **fields
+        )
 
     def _row(self, kind: str, **fields: Tensor | int | str) -> None:
         """Add a row; tensors stand for their addresses, names of types for their numbers."""

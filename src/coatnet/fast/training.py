@@ -15,7 +15,7 @@ from coatnet import native
 from coatnet.config import Size
 from coatnet.fast.flex_attention import use_flex_attention
 from coatnet.fast.fused_mbconv import Inverted, Weights
-from coatnet.fast.fused_stem import Stemmed, StemWeights
+from coatnet.fast.fused_stem import Stemmed, weights_of
 from coatnet.fast.fused_tokens import HEAD_DIM, Attended, Fed, Linear
 from coatnet.fast.packing import bias_by_offset
 from coatnet.model.attention import Attention, FeedForward
@@ -30,7 +30,6 @@ CUDA_OPTIONS: dict[str, Any] = {
     "max_autotune_gemm_backends": "ATEN",
     "max_autotune_conv_backends": "ATEN",
 }
-NUM_STEM_PARTS = 4  # convolution, norm, GELU, convolution
 
 
 def for_training(network: CoAtNet, *, compiled: bool = False) -> nn.Module:
@@ -65,7 +64,8 @@ def _fuse(network: CoAtNet) -> CoAtNet:
 
 
 def _fits_stem(stem: ConvStem) -> bool:
-    return len(stem) == NUM_STEM_PARTS and type(norm := stem[1]) is nn.BatchNorm2d and norm.num_features % 2 == 0
+    norms = list(stem)[1::3]  # convolution, norm, GELU, convolution, ...
+    return all(type(norm) is nn.BatchNorm2d and norm.num_features % 2 == 0 for norm in norms) and bool(norms)
 
 
 def _fits_attention(attention: Attention) -> bool:
@@ -108,9 +108,9 @@ class _FusedMBConv(MBConv):
 
 class _FusedStem(ConvStem):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name that Sequential gives it)
-        if not (_is_wanted(input) and self[1].training and not input.requires_grad):
+        if not (_is_wanted(input) and all(norm.training for norm in list(self)[1::3]) and not input.requires_grad):
             return super().forward(input)
-        return Stemmed.apply(input, self, *StemWeights.of(self))
+        return Stemmed.apply(input, self, *weights_of(self))
 
 
 class _FusedFeedForward(FeedForward):

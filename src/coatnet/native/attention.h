@@ -79,7 +79,7 @@ void attend(const Op& op, const char* queries, int64_t stride, const char* keys,
     for (int r = 0; r < R; r++) largest[r] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     for (int64_t panel = 0; panel < padded / 32; panel++) {
         __m512 sums[R][2];
-        clear<TYPE, R>(sums);
+        clear<TYPE, R, 2>(sums);
         multiply<TYPE, R>(queries, stride, keys + panel * words * 128, 1, 0, words, sums);
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
@@ -119,7 +119,7 @@ void attend(const Op& op, const char* queries, int64_t stride, const char* keys,
     }
     for (int64_t d = 0; d < op.head_dim; d += 32) {
         __m512 sums[R][2];
-        clear<TYPE, R>(sums);
+        clear<TYPE, R, 2>(sums);
         multiply<TYPE, R>(weights, padded * bytes(TYPE), values + d * padded * bytes(TYPE), 1, 0,
                           (tokens * bytes(TYPE) + 3) / 4, sums);
 #pragma GCC unroll 2

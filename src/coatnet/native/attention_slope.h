@@ -1,6 +1,7 @@
 // ATTENTION_SLOPE: the way back through ATTENTION with a bias before the softmax, or none. Weights are computed again
 // from queries and keys; nothing of the size tokens x tokens was kept. Heads of 32 channels, bf16.
 #pragma once
+#include <cstring>
 #include <vector>
 
 #include "attention.h"
@@ -26,7 +27,7 @@ struct HeadSlope {
 inline void all_tokens(const char* rows, int64_t stride, const std::vector<char>& packed, int64_t padded, float* out) {
     for (int64_t panel = 0; panel < padded / 32; panel++) {
         __m512 sums[ROWS][2];
-        clear<BF16, ROWS>(sums);
+        clear<BF16, ROWS, 2>(sums);
         multiply<BF16, ROWS>(rows, stride, packed.data() + panel * 16 * 128, 1, 0, 16, sums);
 #pragma GCC unroll 14
         for (int r = 0; r < ROWS; r++) {
@@ -40,7 +41,7 @@ inline void all_tokens(const char* rows, int64_t stride, const std::vector<char>
 inline void all_channels(const char* rows, int64_t stride, const std::vector<char>& packed, int64_t tokens, float scale,
                          char* out, int64_t out_stride, int64_t count) {
     __m512 sums[ROWS][2];
-    clear<BF16, ROWS>(sums);
+    clear<BF16, ROWS, 2>(sums);
     multiply<BF16, ROWS>(rows, stride, packed.data(), 1, 0, (tokens + 1) / 2, sums);
 #pragma GCC unroll 14
     for (int r = 0; r < ROWS; r++) {

@@ -1,5 +1,5 @@
-// Squeeze-excite: gates from the channels' means, and the weights of the next product scaled by them, image by image.
-// A gate on the input channels of a product is a factor of its weights, of which there are fewer than pixels.
+// Squeeze-excite: gates from the channels' means, and what they scale. A gate on the input channels of a product is a
+// factor of its weights too: of those, image by image, where a map has more pixels than the product has columns.
 #pragma once
 #include <vector>
 
@@ -84,4 +84,18 @@ void scale(const Op& op, int64_t thread, int64_t threads) {
             }
         }
     }
+}
+
+// GATED: each channel of an image's map times its gate, (B, C) fp32.
+template <int TYPE>
+void gated(const Op& op, int64_t thread, int64_t threads) {
+    const int64_t units = op.images * op.lines, line = op.cells * op.width * bytes(TYPE);
+    const Share share(units, thread, threads);
+    for (int64_t unit = share.first; unit < share.last; unit++)
+        for (int64_t c = 0; c < op.width; c += 16) {
+            const __mmask16 mask = tail(op.width - c);
+            const __m512 gate = _mm512_maskz_loadu_ps(mask, op.gates + unit / op.lines * op.width + c);
+            for (int64_t at = unit * line + c * bytes(TYPE), x = 0; x < op.cells; x++, at += op.width * bytes(TYPE))
+                store<TYPE>(op.out + at, _mm512_mul_ps(load<TYPE>(op.source + at, mask), gate), mask);
+        }
 }

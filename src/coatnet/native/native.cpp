@@ -47,6 +47,8 @@ void carry_out(const Op& op, int64_t thread, int64_t threads) {
         case SCALE:
             if (op.out_type == FP32) return scale<FP32>(op, thread, threads);
             return op.out_type == BF16 ? scale<BF16>(op, thread, threads) : scale<UINT8>(op, thread, threads);
+        case GATED:
+            return op.type == FP32 ? gated<FP32>(op, thread, threads) : gated<BF16>(op, thread, threads);
         case POOL:
             if (op.type == FP32) return pool<FP32>(op, thread, threads);
             return op.type == BF16 ? pool<BF16>(op, thread, threads) : pool<UINT8>(op, thread, threads);

@@ -5,7 +5,6 @@
 // broadcast of 32 bits of A with two vectors of W, so the three precisions share one loop.
 #pragma once
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "gelu.h"
@@ -17,6 +16,7 @@ template <int TYPE>
 struct Dot {
     using Sum = __m512;
     static INLINE Sum zero() { return _mm512_setzero_ps(); }
+    static INLINE Sum load(const char* at) { return _mm512_loadu_ps(at); }
     static INLINE Sum add(Sum sum, __m512i a, __m512i w) {
         if constexpr (TYPE == FP32) return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(w), sum);
         return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)w);
@@ -28,6 +28,7 @@ template <>
 struct Dot<UINT8> {
     using Sum = __m512i;
     static INLINE Sum zero() { return _mm512_setzero_si512(); }
+    static INLINE Sum load(const char* at) { return _mm512_loadu_si512(at); }
     static INLINE Sum add(Sum sum, __m512i a, __m512i w) {
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(w));  // gcc 12 passes the intrinsic's sums through memory
         return sum;
@@ -35,10 +36,28 @@ struct Dot<UINT8> {
     static INLINE __m512 real(Sum sum) { return _mm512_cvtepi32_ps(sum); }
 };
 
-template <int TYPE, int R>
-INLINE void clear(typename Dot<TYPE>::Sum (&sums)[R][2]) {
+template <int TYPE, int R, int V>
+INLINE void clear(typename Dot<TYPE>::Sum (&sums)[R][V]) {
 #pragma GCC unroll 14
-    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = Dot<TYPE>::zero();
+    for (int r = 0; r < R; r++)
+        for (int half = 0; half < V; half++) sums[r][half] = Dot<TYPE>::zero();
+}
+
+// Sums to and from memory, vector by vector: what memcpy has touched gcc leaves in memory.
+template <int TYPE, int R, int V>
+INLINE void restore(typename Dot<TYPE>::Sum (&sums)[R][V], const char* kept) {
+#pragma GCC unroll 14
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int half = 0; half < V; half++) sums[r][half] = Dot<TYPE>::load(kept + 64 * (V * r + half));
+}
+
+template <int TYPE, int R, int V>
+INLINE void keep(const typename Dot<TYPE>::Sum (&sums)[R][V], char* kept) {
+#pragma GCC unroll 14
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+        for (int half = 0; half < V; half++) _mm512_storeu_si512(kept + 64 * (V * r + half), (__m512i)sums[r][half]);
 }
 
 // What comes next from memory, fetched one cache line a step.
@@ -50,22 +69,22 @@ struct Ahead {
     }
 };
 
-// Add to the sums `segments` runs of `steps` 32-bit steps, each run `segment_stride` bytes after the one before; within
+// Add to the sums (V vectors a row) `segments` runs of `steps` 32-bit steps, each run `segment_stride` bytes after the one before; within
 // a run, steps of A are STEP bytes apart.
-template <int TYPE, int R, bool FETCH = false, int STEP = 4>
+template <int TYPE, int R, bool FETCH = false, int STEP = 4, int V>
 INLINE void multiply(const char* a, int64_t row_stride, const char* w, int64_t segments, int64_t segment_stride,
-                     int64_t steps, typename Dot<TYPE>::Sum (&sums)[R][2], Ahead* ahead = nullptr) {
+                     int64_t steps, typename Dot<TYPE>::Sum (&sums)[R][V], Ahead* ahead = nullptr) {
     using D = Dot<TYPE>;
     for (int64_t s = 0; s < segments; s++, a += segment_stride) {
         const char* at = a;
         for (int64_t k = 0; k < steps; k++, w += 128, at += STEP) {
             if (FETCH) ahead->step();
-            const __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
+            const __m512i w0 = _mm512_loadu_si512(w), w1 = V == 2 ? _mm512_loadu_si512(w + 64) : w0;
 #pragma GCC unroll 14
             for (int r = 0; r < R; r++) {
                 const __m512i value = _mm512_set1_epi32(*(const int*)(at + r * row_stride));
                 sums[r][0] = D::add(sums[r][0], value, w0);
-                sums[r][1] = D::add(sums[r][1], value, w1);
+                if (V == 2) sums[r][V - 1] = D::add(sums[r][V - 1], value, w1);
             }
         }
     }
@@ -88,27 +107,27 @@ struct Part {
     char* sums;  // of a tile's row: 128 bytes
 };
 
-template <int TYPE, int OUT, int R>
+// R rows by V vectors of 16 columns: 1 where no more than 16 are left.
+template <int TYPE, int OUT, int R, int V>
 void tile(const Op& op, const char* a, const char* w, int64_t steps, const Part& part, const float* scale,
           const float* bias, int64_t column, char* out, const char* residual, Ahead& ahead) {
-    typename Dot<TYPE>::Sum sums[R][2];
+    typename Dot<TYPE>::Sum sums[R][V];
     if (part.first)
-        clear<TYPE, R>(sums);
+        clear<TYPE, R, V>(sums);
     else
-        memcpy(sums, part.sums, sizeof sums);
+        restore<TYPE, R, V>(sums, part.sums);
     if (ahead.at < ahead.end)
         multiply<TYPE, R, true>(a, op.source_cell, w, op.segments, op.segment_stride, steps, sums, &ahead);
     else
         multiply<TYPE, R>(a, op.source_cell, w, op.segments, op.segment_stride, steps, sums);
     if (!part.last) {
-        memcpy(part.sums, sums, sizeof sums);
+        keep<TYPE, R, V>(sums, part.sums);
         return;
     }
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < V; half++) {
         const int64_t at = column + 16 * half;
         const __mmask16 mask = tail(op.width - at);
-        if (!mask) return;
         const __m512 b = _mm512_maskz_loadu_ps(mask, bias + at);
         const __m512 s = TYPE == UINT8 ? _mm512_maskz_loadu_ps(mask, scale + at) : b;
         const __m512 os = OUT == UINT8 ? _mm512_maskz_loadu_ps(mask, op.out_scale + at) : b;
@@ -130,7 +149,10 @@ void tiles(const Op& op, const char* a, const char* w, int64_t steps, Part part,
     while (cells > 0) {
         int64_t done = 0;
         auto go = [&]<int R>() {
-            tile<TYPE, OUT, R>(op, a, w, steps, part, scale, bias, column, out, residual, ahead);
+            if (op.width - column > 16)
+                tile<TYPE, OUT, R, 2>(op, a, w, steps, part, scale, bias, column, out, residual, ahead);
+            else
+                tile<TYPE, OUT, R, 1>(op, a, w, steps, part, scale, bias, column, out, residual, ahead);
             done = R;
         };
         if (cells >= 14) go.template operator()<14>();

@@ -2,7 +2,8 @@
 // bf16, (images, lines, cells, width). BatchNorm in training is a factor and a shift once its statistics are known; the
 // activations between two products are computed again where they are needed and never stored.
 //
-// Sums are written line by line, as (images * lines, 2, width), so that they do not depend on the number of threads.
+// Sums are written line by line, or strip by strip where lines are done in strips, as (images, lines or strips, 2, width),
+// so that they do not depend on the number of threads.
 #pragma once
 #include <vector>
 
@@ -14,9 +15,11 @@ inline int64_t line_bytes(const Op& op) { return 2 * op.cells * op.width; }
 
 INLINE __m512 by_channel(const float* values, int64_t c, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, values + c); }
 
-INLINE void keep_sums(const Op& op, int64_t line, int64_t c, __mmask16 mask, __m512 first, __m512 second) {
-    _mm512_mask_storeu_ps(op.sums + 2 * line * op.width + c, mask, first);
-    _mm512_mask_storeu_ps(op.sums + (2 * line + 1) * op.width + c, mask, second);
+INLINE void keep_sums(const Op& op, int64_t unit, int64_t c, __mmask16 mask, __m512 first, __m512 second, bool adds = false) {
+    float *const to = op.sums + 2 * unit * op.width + c, *const next = to + op.width;
+    const __mmask16 added = adds ? mask : 0;
+    _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(first, _mm512_maskz_loadu_ps(added, to)));
+    _mm512_mask_storeu_ps(next, mask, _mm512_add_ps(second, _mm512_maskz_loadu_ps(added, next)));
 }
 
 // 16 channels of one line: where they are, what BatchNorm does to them, and what is summed over the line's pixels.
@@ -144,7 +147,7 @@ inline void acted_depthwise(const Op& op, int64_t thread, int64_t threads) {
                     before = here;
                     here = after;
                 }
-                keep_sums(op, line, c, mask, sum, squares);
+                keep_sums(op, unit, c, mask, sum, squares, y > first);
             }
         }
     }
@@ -214,7 +217,7 @@ inline void depthwise_slope(const Op& op, int64_t thread, int64_t threads) {
                 }
 #pragma GCC unroll 9
                 for (int k = 0; k < 9; k++) _mm512_mask_storeu_ps(weight_sums + k * op.width + c, mask, dw[k]);
-                keep_sums(op, line, c, mask, sum, with_source);
+                keep_sums(op, unit, c, mask, sum, with_source, y > first);
             }
         }
     }

@@ -24,6 +24,7 @@ STUDY = Study(
     source="Figure 1b",
     trainings=_trainings,
     claims=_claims,
-    paper=("JFT-300M, 3 epochs: CCTT ~ CTTT > ViT_rel > CCCT > CCCC, in training loss and in accuracy",),
+    paper=(f"JFT-300M, 3 epochs: {ORDER}, in training loss and in accuracy",),
+    paper_order=ORDER,
     plot="curves",
 )

@@ -6,6 +6,7 @@ from coatnet.studies.scales import Scale
 from coatnet.studies.study import Claim, Study, Training, chain, trainings_of
 
 SETTING = "limited data"
+ORDER = "CCCC ~ CCCT >= CCTT > CTTT >> ViT_rel"
 
 
 def _trainings(scale: Scale) -> tuple[Training, ...]:
@@ -13,7 +14,7 @@ def _trainings(scale: Scale) -> tuple[Training, ...]:
 
 
 def _claims(scale: Scale) -> tuple[Claim, ...]:  # noqa: ARG001 - the same at every scale
-    return chain("CCCC ~ CCCT >= CCTT > CTTT >> ViT_rel", SETTING)
+    return chain(ORDER, SETTING)
 
 
 STUDY = Study(
@@ -23,6 +24,7 @@ STUDY = Study(
     source="Figure 1a",
     trainings=_trainings,
     claims=_claims,
-    paper=("ImageNet-1K, 300 epochs: CCCC ~ CCCT >= CCTT > CTTT >> ViT_rel",),
+    paper=(f"ImageNet-1K, 300 epochs: {ORDER}",),
+    paper_order=ORDER,
     plot="curves",
 )

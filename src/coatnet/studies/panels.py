@@ -15,7 +15,7 @@ from coatnet.evaluation.plots import FAINT as FAINT_IN_STYLE
 from coatnet.evaluation.plots import INK as INK_IN_STYLE
 from coatnet.evaluation.plots import STYLE
 from coatnet.studies.statistics import allowed
-from coatnet.studies.study import Measure, Study
+from coatnet.studies.study import Measure, Relation, Study, chain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,6 +58,7 @@ PANEL_STYLE: dict[RcKeyType, Any] = {
 }
 WRAP = 24  # letters of a row's name in a line
 LINE_PT = 12.0
+STEPS: dict[Relation, float] = {"~": 0, ">=": 0.5, ">": 1, ">>": 2.5}  # in the picture of an order
 UNITS: dict[Measure, str] = {"top1_percent": "points", "train_loss": "nats"}
 
 Row = Mapping[str, Any]
@@ -107,6 +108,9 @@ def result_panels(study: Study, record: Row) -> list[Panel]:
             its_names = names
         # else another size has other names, in the same order (Table 7)
         found.append(_dots(f"The paper's top-1 ({study.source})", groups, its_names))
+    if study.paper_order:
+        draw = partial(_draw_order, study.paper_order, names)
+        found.append(Panel(title=f"The paper's order ({study.source})", height_in=1.2 + 0.44 * len(names), draw=draw))
     if figures.get("speed"):
         found.append(Panel(title="Accuracy against speed", height_in=4.4, draw=partial(_draw_speed, figures, names)))
     return found
@@ -216,6 +220,23 @@ def _draw_dot(axes: Axes, dot: Dot, y: float, marked: Mapping[str, Any]) -> None
     axes.plot(dot.seeds, [y + 0.26] * len(dot.seeds), "o", color=marked["color"], markersize=3.2, alpha=0.6)
     axes.plot([dot.mean], [y], **marked, markersize=7)
     _write_above(axes, f"{dot.mean:.{dot.digits}f}", dot.mean, y)
+
+
+# Order alone: what the paper draws without numbers.
+
+
+def _draw_order(order: str, names: Sequence[str], axes: Axes) -> None:
+    """Place the rows from worse to better as far apart as the order's words go, which is no scale."""
+    claims = chain(order, "")
+    places = {claims[0].first: 0.0}
+    for claim in claims:
+        places[claim.second] = places[claim.first] - STEPS[claim.relation]
+    for y, name in enumerate(names):
+        axes.plot([places[name]], [y], **look(name, names), markersize=7)
+    _label_rows(axes, range(len(names)), [_wrapped(name) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    _along_x(axes, f"worse to better: an order, no scale\n{order}")
+    axes.set_xticks(sorted(set(places.values())), [""] * len(set(places.values())))
 
 
 def _write_above(axes: Axes, text: str, x: float, y: float) -> None:

@@ -59,6 +59,7 @@ class Study:
     claims: Callable[[Scale], tuple[Claim, ...]]
     paper: tuple[str, ...]  # what the paper found, a line each
     paper_top1: tuple[tuple[str, str, float], ...] = ()  # (setting, row, percent) that the paper prints
+    paper_order: str = ""  # "A ~ B > C" where it draws curves and prints no numbers
     plot: Literal["curves", "bars", "data"]
     measures_speed: bool = False  # and memory, of a training update
 
