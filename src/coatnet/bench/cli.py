@@ -193,7 +193,7 @@ def agreement(
 @bench.command
 def small(
     *,
-    model: str = "coatnet_nano",
+    model: str = "coatnet_nano,coatnet_pico",
     minutes: float = 20.0,
     seeds: int = 3,
     runs: Path = Path("runs/small"),
@@ -201,23 +201,25 @@ def small(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Compare a small row with timm's resnet10t on Fashion-MNIST: accuracy after equal time, and inference.
+    """Compare small rows with timm's resnet10t on Fashion-MNIST: accuracy after equal time, and inference.
 
     Example: coatnet bench small --minutes 1
 
     Parameters
     ----------
+    model: str
+        Names from `coatnet models`, with commas.
     minutes: float
         Of training on all threads, for each network and seed.
     runs: Path
         Where the trainings lie; those that are done are not run again.
     """
-    config_of(model)
+    models = [config_of(name.strip()).name for name in model.split(",")]
 
     def rows() -> Rows:
         from coatnet.bench.small import bench_small
 
-        return bench_small(model, minutes=minutes, num_seeds=seeds, folder=runs)
+        return bench_small(models, minutes=minutes, num_seeds=seeds, folder=runs)
 
     _measure("small", rows, threads, out, json)
 

@@ -1,4 +1,4 @@
-"""`coatnet bench small`: a small row of ours against timm's resnet10t on Fashion-MNIST, with equal time to learn.
+"""`coatnet bench small`: small rows of ours against timm's resnet10t on Fashion-MNIST, with equal time to learn.
 
 How fast each trains is measured in turns first. Each then sees as many pictures as that many minutes pay for: what else
 runs on the machine meanwhile changes no accuracy. Both shift by up to 1 px and mirror; the peer's recipe is a plain
@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -34,6 +34,7 @@ from coatnet.data import fashion_mnist
 from coatnet.errors import CoatnetError
 from coatnet.fast.engines import optimize
 from coatnet.files import write_json
+from coatnet.model.network import CoAtNet
 
 PEER = "resnet10t"
 PEER_BATCH, PEER_PEAK_LR, PEER_WEIGHT_DECAY, LABEL_SMOOTHING, MAX_SHIFT_PX = 256, 3e-3, 0.05, 0.1, 1
@@ -42,42 +43,49 @@ RATE_ROUNDS, RATE_S = 3, 20.0
 INFERENCE_BATCH, ROUNDS, TURN_S = 64, 5, 1.0
 
 
-def bench_small(model: str, *, minutes: float, num_seeds: int, folder: Path) -> list[dict[str, Any]]:
-    """Train both with every seed, and time their inference; return two rows of figures.
+def bench_small(models: Sequence[str], *, minutes: float, num_seeds: int, folder: Path) -> list[dict[str, Any]]:
+    """Train all with every seed, and time their inference; return two rows of figures for each model.
 
     What is done lies in `folder` and is not done again. Raises: ConfigError without timm; CoatnetError if a run fails.
     """
     import_peer("timm")
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    rates = _kept(folder / "rates.json", partial(_rates, model, folder))
+    rates = _kept(folder / "rates.json", partial(_rates, models, folder))
     images = {name: int(60 * minutes * statistics.median(found)) for name, found in rates.items()}
-    tasks = {(name, seed): folder / f"{name}-{seed}.json" for seed in range(num_seeds) for name in (model, PEER)}
-    jobs = torch.get_num_threads()  # one training a core: no thread waits for another
+    top1 = _accuracies(images, num_seeds, folder)
+    accuracies = [
+        {
+            "work": f"accuracy after {minutes:g} minutes", "model": model, "peer": PEER, "n": 10_000,
+            "rates": {name: rates[name] for name in (model, PEER)},
+            "images": {name: images[name] for name in (model, PEER)},
+            "top1_percent": {name: top1[name] for name in (model, PEER)}, "num_seeds": num_seeds, "minutes": minutes,
+            "seconds": time.perf_counter() - start,
+        }
+        for model in models
+    ]  # fmt: skip
+    return accuracies + _inference(models, folder)
+
+
+def _accuracies(images: dict[str, int], num_seeds: int, folder: Path) -> dict[str, list[float]]:
+    """Train each network on so many pictures with every seed; return its accuracies by seed."""
+    tasks = [(name, seed) for seed in range(num_seeds) for name in images]
     stderr = Console(stderr=True)
     with (
         Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar,
-        ThreadPoolExecutor(jobs) as pool,
+        ThreadPoolExecutor(torch.get_num_threads()) as pool,  # one training a core: no thread waits for another
     ):
-        task = bar.add_task("training", total=len(tasks))
+        shown = bar.add_task("training", total=len(tasks))
 
-        def one(item: tuple[tuple[str, int], Path]) -> dict[str, Any]:
-            (name, seed), path = item
-            train = partial(_train_ours, model) if name == model else _train_peer
-            found = _kept(path, lambda: train(folder, seed, images[name], 1))
-            bar.advance(task)
-            return found
+        def one(task: tuple[str, int]) -> float:
+            name, seed = task
+            train = _train_peer if name == PEER else partial(_train_ours, name)
+            found = _kept(folder / f"{name}-{seed}.json", lambda: train(folder, seed, images[name], 1))
+            bar.advance(shown)
+            return found["top1_percent"]
 
-        done = dict(zip(tasks, pool.map(one, tasks.items()), strict=True))
-    top1 = {
-        name: [done[name, seed]["top1_percent"] for seed in range(num_seeds)] for name in (model, PEER)
-    }  # fmt: skip
-    accuracy = {
-        "work": f"accuracy after {minutes:g} minutes", "model": model, "peer": PEER, "n": 10_000, "rates": rates,
-        "images": images, "top1_percent": top1, "num_seeds": num_seeds, "minutes": minutes,
-        "seconds": time.perf_counter() - start,
-    }  # fmt: skip
-    return [accuracy, _inference(model, folder)]
+        done = dict(zip(tasks, pool.map(one, tasks), strict=True))
+    return {name: [done[name, seed] for seed in range(num_seeds)] for name in images}
 
 
 def _kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -86,15 +94,14 @@ def _kept(path: Path, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-def _rates(model: str, folder: Path) -> dict[str, list[float]]:
-    """Return images/s of both, a figure each round, in turns, on all threads."""
-    threads, found = torch.get_num_threads(), dict[str, list[float]]()
+def _rates(models: Sequence[str], folder: Path) -> dict[str, list[float]]:
+    """Return images/s of each network, a figure each round, in turns, on all threads."""
+    threads, found = torch.get_num_threads(), {name: list[float]() for name in (*models, PEER)}
     for _ in range(RATE_ROUNDS):
-        with TemporaryDirectory(dir=folder) as name:
-            ours = _train_ours(model, Path(name), 0, NUM_TRAIN * 100, threads, max_time_s=RATE_S)
-            theirs = _train_peer(Path(name), 0, NUM_TRAIN * 100, threads, max_time_s=RATE_S)
-        found.setdefault(model, []).append(ours["images_per_s"])
-        found.setdefault(PEER, []).append(theirs["images_per_s"])
+        for name, rates in found.items():
+            train = _train_peer if name == PEER else partial(_train_ours, name)
+            with TemporaryDirectory(dir=folder) as run:
+                rates.append(train(Path(run), 0, NUM_TRAIN * 100, threads, max_time_s=RATE_S)["images_per_s"])
     return found
 
 
@@ -183,26 +190,35 @@ def train_peer(seed: int, images: int, max_time_s: float | None, out: Path) -> d
     return {"top1_percent": 100 * right / len(targets), "images_per_s": rate, "epochs": done * PEER_BATCH / NUM_TRAIN}
 
 
-def _inference(model: str, folder: Path) -> dict[str, Any]:
-    """Time the trained networks' best forms in bf16, in turns."""
+def _inference(models: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+    """Time the trained networks' best forms in bf16, in turns; return a row for each of ours."""
     peer = make_peer().eval()
     peer.load_state_dict(torch.load(folder / f"{PEER}-0.pt", weights_only=True))
     images = _pictures("test")[0][:INFERENCE_BATCH]
-    network = load(folder / f"{model}-0").network
-    form, channels = optimize(network, precision="bf16"), network.config.in_channels
-    forms: dict[str, Any] = {"coatnet": lambda images: form(images.expand(-1, channels, -1, -1))}
     libraries = ("timm", "openvino")
-    forms |= {name: make() for name, make in contenders(peer, libraries, "bf16", images, []).items()}
+    peers = {name: make() for name, make in contenders(peer, libraries, "bf16", images, []).items()}
+    forms: dict[str, Any] = {model: _form(load(folder / f"{model}-0").network) for model in models} | peers
     start = time.perf_counter()
     timings = take_turns({name: partial(form, images) for name, form in forms.items()}, rounds=ROUNDS, turn_s=TURN_S)
     images_per_s = {name: len(images) / timing.median_s for name, timing in timings.items()}
-    best = max(list(forms)[1:], key=lambda name: images_per_s[name])
-    return {
-        "work": f"inference bf16, {model} and {PEER}", "batch": len(images), "threads": torch.get_num_threads(),
-        "images_per_s": images_per_s, "timings": {name: timing.to_dict() for name, timing in timings.items()},
-        "best_peer": best, "ratio": asdict(ratio(timings["coatnet"], timings[best])),
-        "seconds": time.perf_counter() - start,
-    }  # fmt: skip
+    best = max(peers, key=lambda name: images_per_s[name])
+    return [
+        {
+            "work": f"inference bf16, {model} and {PEER}", "model": model, "batch": len(images),
+            "threads": torch.get_num_threads(),
+            "images_per_s": {name: images_per_s[name] for name in (model, *peers)},
+            "timings": {name: timings[name].to_dict() for name in (model, *peers)},
+            "best_peer": best, "ratio": asdict(ratio(timings[model], timings[best])),
+            "seconds": time.perf_counter() - start,
+        }
+        for model in models
+    ]  # fmt: skip
+
+
+def _form(network: CoAtNet) -> Callable[[Tensor], Tensor]:
+    """Return the fast form, which takes grey pictures as the peer does."""
+    form, channels = optimize(network, precision="bf16"), network.config.in_channels
+    return lambda images: form(images.expand(-1, channels, -1, -1))
 
 
 if __name__ == "__main__":
