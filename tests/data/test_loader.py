@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from coatnet.config import AugmentConfig, PreprocessingConfig
+from coatnet.data.image_sets import ArrayImages
 from coatnet.data.loader import Batch, EvaluationLoader, TrainLoader
 from coatnet.data.sources import labelled_folder
 from coatnet.data.transforms import Augmentation, Preprocessing
@@ -148,6 +150,24 @@ def test_evaluation_shows_each_readable_picture_once(holed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("augment", [{"crop": "pad"}, {"crop": "pad", "max_shift_ratio": 0.2}, {"crop": "resize"}])
+@pytest.mark.parametrize("colours", [(3, 3), (1, 3), (1, 1)])
+def test_pictures_in_memory_are_moved_at_once_as_one_by_one(augment, colours, monkeypatch):
+    """The same bits as the way through each picture alone, which erasing none of them takes."""
+    held, wanted = colours
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 9, 12, 3) if held == 3 else (40, 9, 12), dtype=np.uint8)
+    shown = ArrayImages(pixels, np.arange(40) % 4, tuple("abcd"), "train", rng.permutation(40)[:30])
+    values = (0.5,) * wanted
+    augmentation = Augmentation(
+        AugmentConfig(**augment), PreprocessingConfig(image_size=(9, 12), mean=values, std=values)
+    )
+    batches = TrainLoader(shown, augmentation, seed=0, global_batch_size=4).batches
+    at_once = list(batches(0, 12))
+    monkeypatch.setattr(Augmentation, "only_moves", lambda *_: False)
+    assert_same(at_once, list(batches(0, 12)), "at once")
+
+
 def test_workers_end_with_a_killed_parent(images, tmp_path):
     """Kill -9 the parent: it can clean up nothing, and its workers still go."""
     script = tmp_path / "parent.py"

@@ -56,6 +56,19 @@ def generator(seed: int, stream: str, epoch: int, position: int) -> np.random.Ge
     return np.random.Generator(np.random.Philox(key=key))
 
 
+def first_uniforms(seed: int, stream: str, epochs: IntArray, positions: IntArray, count: int) -> FloatArray:
+    """Return what the `generator` of each of B positions draws first: epochs, positions (B,) int64 -> (B, count)."""
+    bits = np.random.Philox(key=0)
+    rng, state = np.random.Generator(bits), bits.state
+    keys_B = _key(_root(seed, stream), epochs.astype(np.uint64), positions.astype(np.uint64))
+    found = np.empty((len(keys_B), count))
+    for row, key in enumerate(keys_B):  # a new state costs a fifth of a new generator
+        state["state"]["key"][0] = key
+        bits.state = state
+        found[row] = rng.random(count)
+    return found
+
+
 @lru_cache(maxsize=4)
 def permutation(seed: int, epoch: int, n: int) -> IntArray:
     """Return the order of one epoch: each of 0 .. n-1 once, (n,) int64, read-only."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from coatnet.data import draws
+from coatnet.data.image_sets import ArrayImages
 from coatnet.data.sources import ImageSet
 from coatnet.data.transforms import Augmentation, Preprocessing
 from coatnet.errors import BadImageError, ConfigError, DataError
@@ -166,6 +167,11 @@ class _TrainMaker:
     def __getitem__(self, step: int, /) -> _Made:
         start, stop = (step * self.global_batch_size + edge for edge in self.share)
         epochs, indices = draws.order(self.seed, len(self.image_set), start, stop)
+        held, positions = self.image_set, torch.arange(start, stop)
+        if isinstance(held, ArrayImages) and self.augmentation.only_moves(held.pixels.shape[1:]):
+            numbers = draws.first_uniforms(self.seed, "augment", epochs, positions.numpy(), 3)
+            moved = self.augmentation.move(held.pixels[held.rows[indices]], numbers)
+            return _Made(_batch(moved, held.targets[indices], positions, torch.from_numpy(epochs)))
         images, taken, bad = list[Tensor](), list[int](), dict[str, str]()
         try:
             for position, epoch, index in zip(range(start, stop), epochs.tolist(), indices.tolist(), strict=True):
@@ -174,8 +180,8 @@ class _TrainMaker:
                 taken.append(index)
         except DataError as error:
             return _Made(None, bad, error)
-        positions = torch.arange(start, stop)
-        return _Made(_batch(images, self.image_set.targets[taken], positions, torch.from_numpy(epochs)), bad)
+        targets = self.image_set.targets[taken]
+        return _Made(_batch(torch.stack(images), targets, positions, torch.from_numpy(epochs)), bad)
 
     def _read_from(self, index: int, place: tuple[int, int], bad: dict[str, str]) -> tuple[Tensor, int]:
         """Read and augment the picture, or in a bad one's place the next that can be read; return it and its index."""
@@ -216,7 +222,7 @@ class _EvaluationMaker:
             return _Made(None, bad)
         positions = torch.tensor(list(images))
         targets = self.image_set.targets[list(images)]
-        return _Made(_batch(list(images.values()), targets, positions, torch.zeros_like(positions)), bad)
+        return _Made(_batch(torch.stack(list(images.values())), targets, positions, torch.zeros_like(positions)), bad)
 
     def _read(self, index: int) -> Tensor | BadImageError:
         try:
@@ -225,5 +231,5 @@ class _EvaluationMaker:
             return error
 
 
-def _batch(images: list[Tensor], targets: draws.IntArray, positions: Tensor, epochs: Tensor) -> Batch:
-    return Batch(torch.stack(images), torch.from_numpy(targets), positions, epochs)
+def _batch(images: Tensor, targets: draws.IntArray, positions: Tensor, epochs: Tensor) -> Batch:
+    return Batch(images, torch.from_numpy(targets), positions, epochs)

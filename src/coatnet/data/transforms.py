@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 from coatnet.config import AugmentConfig, PreprocessingConfig
 from coatnet.data.decode import MinSide, Pixels
+from coatnet.data.draws import FloatArray
 
 Box = tuple[int, int, int, int]  # top, left, height, width in px
 
+GREY_AXES = 2  # of a grey picture in memory, which has no axis of channels
 _LUMA = np.array([19595, 38470, 7471], dtype=np.uint32)  # ITU-R 601 in 1/65536, as Pillow rounds it
 
 
@@ -84,6 +86,28 @@ class Augmentation:
             out = erase(out, rng)
         return out
 
+    def only_moves(self, shape: tuple[int, ...]) -> bool:
+        """Whether pictures of this shape, (H, W) or (H, W, 3), are shifted and mirrored at most: `move` does many."""
+        config, is_grey = self.config, len(shape) == GREY_AXES
+        changes = config.crop == "random_resized" or config.randaugment_ops or config.erase_rate
+        return not changes and shape[:2] == self.size and (is_grey or self.channels == shape[-1])
+
+    def move(self, images: Pixels, draws_B3: FloatArray) -> Tensor:
+        """Do to many pictures what `read` does to each, given the first numbers that each one's generator draws.
+
+        images (B, H, W) or (B, H, W, 3) uint8 -> (B, C, H, W) uint8
+        """
+        images_BHWC = images[..., None] if images.ndim == 1 + GREY_AXES else images
+        B, h, w, _ = images_BHWC.shape
+        pads = [self._pad(side) if self.config.crop == "pad" else 0 for side in (h, w)]
+        padded = np.pad(images_BHWC, ((0, 0), (pads[0],) * 2, (pads[1],) * 2, (0, 0)))
+        tops, lefts = ((draws_B3[:, 1 + i] * (2 * pad + 1)).astype(np.int64) for i, pad in enumerate(pads))
+        flips = draws_B3[:, 0] < self.config.flip_rate
+        columns = np.where(flips[:, None], np.arange(w)[::-1], np.arange(w)) + lefts[:, None]
+        rows = np.arange(h) + tops[:, None]
+        moved = torch.from_numpy(padded[np.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]])
+        return moved.permute(0, 3, 1, 2).expand(-1, self.channels, -1, -1).contiguous()
+
     def _pad_and_crop(self, image: Pixels, rng: np.random.Generator, flip: bool) -> Tensor:
         """Shift by up to a share of each side, black beyond the border: a padded random crop without the pad."""
         h, w = self.size
@@ -99,8 +123,12 @@ class Augmentation:
 
     def _shift(self, side: int, draw: float) -> int:
         """Turn a draw into a shift in px, uniform over -pad .. pad."""
-        pad = math.ceil(side * self.config.max_shift_ratio - 1e-9)  # a twelfth of 36 is 3, whatever floats say
+        pad = self._pad(side)
         return int(draw * (2 * pad + 1)) - pad
+
+    def _pad(self, side: int) -> int:
+        """Return the largest shift in px."""
+        return math.ceil(side * self.config.max_shift_ratio - 1e-9)  # a twelfth of 36 is 3, whatever floats say
 
 
 def _cut(image: Pixels, box: Box, size: tuple[int, int]) -> Pixels:
