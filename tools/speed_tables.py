@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import Any
 
 from gpu_tables import gpu_section, is_of_a_card
@@ -22,14 +23,18 @@ GOALS: dict[tuple[str, int | None], tuple[float, float | None]] = {
     ("first prediction, cold shell", None): (2.0, None),
     ("evaluation of 2000 JPEGs, bf16", None): (1.5, None),
 }
-SMALL_ROWS = "Our small rows against timm's `resnet10t` after 20 minutes on Fashion-MNIST, in turns: not run."
+SMALL_ROWS = "Our small rows against timm's `resnet10t` on Fashion-MNIST"
+SMALL_HEADINGS = (
+    "model", "top-1 % by seed", "mean", "peer's, by seed", "mean", "ahead by, points", "pictures seen", "peer's",
+    "inference img/s", "best peer", "ratio (by round)", "record",
+)  # fmt: skip
 MEMORY_GOALS = {"coatnet": 0.6, "coatnet checkpointed": 0.3}  # of timm eager's
 
 
 def speed_section(records: list[Record]) -> str:
     """Return the section on speed; what has no record is "not run"."""
     parts = ["## Speed", speed_table(records), *_memory(_found(records)), *_agreement(records), *_growth(records)]
-    parts += [gpu_section(records), SMALL_ROWS, *_hosts(records)]
+    parts += [gpu_section(records), *_small(records), *_hosts(records)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -147,6 +152,37 @@ def _agreement(records: list[Record]) -> list[str]:
             )
         )  # fmt: skip
     return ["\n".join(lines), "To reach in int8: agreement at least 99 %, at most 0.3 points lost, n at least 2,000."]
+
+
+def _small(records: list[Record]) -> list[str]:
+    """Return accuracy after equal time and speed of inference, a line a model."""
+    found = [record for record in records if record["kind"] == "bench small"]
+    if not found:
+        return [f"{SMALL_ROWS}, after equal time: not run."]
+    lines = [_line(*SMALL_HEADINGS), _line(*["---"] * len(SMALL_HEADINGS))]
+    for record in found:
+        rows = record["figures"]["rows"]
+        accuracies = [row for row in rows if "top1_percent" in row]
+        inferences = {row["model"]: row for row in rows if "ratio" in row}
+        lines += [_small_line(row, inferences[row["model"]], record) for row in accuracies]
+        minutes, num_seeds = accuracies[0]["minutes"], accuracies[0]["num_seeds"]
+    return [
+        f"{SMALL_ROWS}, {minutes:g} minutes of training each on all cores, {num_seeds} seeds, bf16:", "\n".join(lines),
+        "To reach: 0.3 points ahead; 1.5 times the inference at equal accuracy.",
+    ]  # fmt: skip
+
+
+def _small_line(accuracy: Row, inference: Row, record: Record) -> str:
+    ours, theirs = (accuracy["top1_percent"][accuracy[key]] for key in ("model", "peer"))
+    best, ratio = inference["best_peer"], inference["ratio"]
+    ahead = [one - other for one, other in zip(ours, theirs, strict=True)]
+    cells = [cell for seeds in (ours, theirs) for cell in (" ".join(f"{x:.2f}" for x in seeds), f"{mean(seeds):.2f}")]
+    return _line(
+        f"`{accuracy['model']}`", *cells, f"**{mean(ahead):+.2f}** ({min(ahead):+.2f} to {max(ahead):+.2f})",
+        *(f"{accuracy['images'][accuracy[key]]:,}" for key in ("model", "peer")), _rate(inference, accuracy["model"]),
+        f"{best}: {_rate(inference, best)}", f"**{ratio['median']:.2f}** ({ratio['low']:.2f} to {ratio['high']:.2f})",
+        f"`results/{record['file']}`",
+    )  # fmt: skip
 
 
 def _growth(records: list[Record]) -> list[str]:
