@@ -149,7 +149,6 @@ def test_evaluation_shows_each_readable_picture_once(holed):
     assert sorted(evaluation.bad_images) == ["ant/003.png", "ant/004.png", "bee/005.png"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("augment", [{"crop": "pad"}, {"crop": "pad", "max_shift_ratio": 0.2}, {"crop": "resize"}])
 @pytest.mark.parametrize("colours", [(3, 3), (1, 3), (1, 1)])
 def test_pictures_in_memory_are_moved_at_once_as_one_by_one(augment, colours, monkeypatch):
@@ -168,6 +167,7 @@ def test_pictures_in_memory_are_moved_at_once_as_one_by_one(augment, colours, mo
     assert_same(at_once, list(batches(0, 12)), "at once")
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_parent(images, tmp_path):
     """Kill -9 the parent: it can clean up nothing, and its workers still go."""
     script = tmp_path / "parent.py"

@@ -31,7 +31,7 @@ from coatnet.bench.peers import contenders, import_peer
 from coatnet.bench.turns import ratio, take_turns
 from coatnet.classifier import load
 from coatnet.data import fashion_mnist
-from coatnet.errors import CoatnetError
+from coatnet.errors import CoatnetError, ConfigError
 from coatnet.fast.engines import optimize
 from coatnet.files import write_json
 from coatnet.model.network import CoAtNet
@@ -46,13 +46,17 @@ INFERENCE_BATCH, ROUNDS, TURN_S = 64, 5, 1.0
 def bench_small(models: Sequence[str], *, minutes: float, num_seeds: int, folder: Path) -> list[dict[str, Any]]:
     """Train all with every seed, and time their inference; return two rows of figures for each model.
 
-    What is done lies in `folder` and is not done again. Raises: ConfigError without timm; CoatnetError if a run fails.
+    What is done lies in `folder` and is not done again. Raises: ConfigError without timm, or where the
+    folder's rates are of other models; CoatnetError if a run fails.
     """
     import_peer("timm")
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     rates = _kept(folder / "rates.json", partial(_rates, models, folder))
-    images = {name: int(60 * minutes * statistics.median(found)) for name, found in rates.items()}
+    networks = (*models, PEER)
+    if unknown := [name for name in networks if name not in rates]:
+        raise ConfigError(f"{folder}/rates.json holds no rate of {', '.join(unknown)}. Give another folder to --runs.")
+    images = {name: int(60 * minutes * statistics.median(rates[name])) for name in networks}
     top1 = _accuracies(images, num_seeds, folder)
     accuracies = [
         {
