@@ -62,7 +62,7 @@ def first_uniforms(seed: int, stream: str, epochs: IntArray, positions: IntArray
     rng, state = np.random.Generator(bits), bits.state
     keys_B = _key(_root(seed, stream), epochs.astype(np.uint64), positions.astype(np.uint64))
     found = np.empty((len(keys_B), count))
-    for row, key in enumerate(keys_B):  # a new state costs a fifth of a new generator
+    for row, key in enumerate(keys_B):  # a new state costs less than a new generator
         state["state"]["key"][0] = key
         bits.state = state
         found[row] = rng.random(count)

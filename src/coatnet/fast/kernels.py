@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coatnet import native
-from coatnet.fast.packing import PANEL, panels
+from coatnet.fast.packing import PANEL, gates_the_map, panels
 
 BF16 = native.TYPES["BF16"]
 GROUP_BYTES = 4 << 20  # of a wide map that goes through several kernels at once, to be found in the caches
@@ -95,11 +95,11 @@ class GatedWeight:
     def __init__(self, weight_NK: Tensor, bias_N: Tensor, pixels: int) -> None:
         self.width = weight_NK.shape[0]
         self.shared = self.raw = None
-        if pixels < self.width:  # gating the map is less work than gating the weights for each image
+        if gates_the_map(pixels, self.width):
             self.shared = Weight(weight_NK.T, bias_N)
         else:
             self.raw = panels(weight_NK.detach().T.float())
-        self.bias = F.pad(bias_N.detach().float(), (0, -self.width % PANEL))
+            self.bias = F.pad(bias_N.detach().float(), (0, -self.width % PANEL))
 
     def product(self, x: Tensor, gates: Tensor, out: Tensor) -> None:
         """Multiply x (B, H, W, K) bf16, gated by (B, K), into out (B, H, W, N) bf16. May write over x."""

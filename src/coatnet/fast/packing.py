@@ -21,6 +21,11 @@ TORCH_TYPES = {"FP32": torch.float32, "BF16": torch.bfloat16, "UINT8": torch.uin
 PER_STEP = {"FP32": 1, "BF16": 2, "UINT8": 4}  # values of K in 32 bits
 
 
+def gates_the_map(pixels: int, width: int) -> bool:
+    """Whether squeeze-excite's gates scale less in a map of so many pixels than in a product's weights so wide."""
+    return pixels < width
+
+
 @dataclass(frozen=True, slots=True)
 class Packed:
     """The weights of a product as the kernels read them."""

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from coatnet import native
 from coatnet.config import ModelConfig
 from coatnet.fast.calibration import Range8
-from coatnet.fast.packing import PANEL, PER_STEP, TORCH_TYPES, Packed, Packing, bias_by_offset, padded, panels
+from coatnet.fast.packing import (
+    PANEL,
+    PER_STEP,
+    TORCH_TYPES,
+    Packed,
+    Packing,
+    bias_by_offset,
+    gates_the_map,
+    padded,
+    panels,
+)
 from coatnet.model.attention import Attention, Transformer
 from coatnet.model.layers import PatchStem, Pool
 from coatnet.model.mbconv import MBConv
@@ -118,11 +128,11 @@ class Plan:
         expanded = self._product("expanded", source, block.expand, into=block.depthwise)
         filtered, sums = self._depthwise(expanded, block)
         gates = self._gates(filtered, sums, block)
+        _, lines, cells, channels = filtered.data.shape
         weights = None
-        if filtered.range8 is not None or math.prod(filtered.data.shape[1:3]) > block.shrink.out_channels:
+        if filtered.range8 is not None or not gates_the_map(lines * cells, block.shrink.out_channels):
             weights = self._gated_weights(filtered, gates, block)
         else:
-            _, lines, cells, channels = filtered.data.shape
             self._add("GATED", filtered, filtered.data, lines=lines, cells=cells, width=channels, gates=gates)
         return self._product("x", filtered, block.shrink, weights=weights, residual=self._shortcut(block.shortcut, x))
 

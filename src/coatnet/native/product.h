@@ -69,8 +69,8 @@ struct Ahead {
     }
 };
 
-// Add to the sums (V vectors a row) `segments` runs of `steps` 32-bit steps, each run `segment_stride` bytes after the one before; within
-// a run, steps of A are STEP bytes apart.
+// Add to the sums (V vectors a row) `segments` runs of `steps` 32-bit steps, each run `segment_stride` bytes after the
+// one before; within a run, steps of A are STEP bytes apart.
 template <int TYPE, int R, bool FETCH = false, int STEP = 4, int V>
 INLINE void multiply(const char* a, int64_t row_stride, const char* w, int64_t segments, int64_t segment_stride,
                      int64_t steps, typename Dot<TYPE>::Sum (&sums)[R][V], Ahead* ahead = nullptr) {

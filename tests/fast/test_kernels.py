@@ -1,0 +1,53 @@
+"""The kernels' products alone against float64, at the widths and heights where they change their way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coatnet import native
+from coatnet.fast.kernels import GatedWeight, Weight, WeightSlope
+
+pytestmark = pytest.mark.skipif(native.missing("bf16") is not None, reason=f"{native.missing('bf16')}")
+TOLERANCE = 0.01  # of the largest value: bf16 keeps 8 bits
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+
+
+def assert_near(found: torch.Tensor, want: torch.Tensor, what: str) -> None:
+    error = ((found.double() - want).abs().max() / want.abs().max()).item()
+    assert error < TOLERANCE, f"{what} errs by {error:.2%}"
+
+
+@pytest.mark.parametrize("width", [4, 16, 20, 32, 40, 48, 64])
+@pytest.mark.parametrize("depth", [6, 360, 4000])
+@torch.no_grad()
+def test_a_product_of_any_width_height_and_depth(width: int, depth: int):
+    """Half panels and whole ones, tiles of 14 rows and fewer; a depth of 4,000 is done in parts."""
+    weight, bias = noise(depth, width).float(), noise(width).float()
+    for rows in (1, 3, 7, 13, 30):
+        x = noise(rows, depth)
+        want = x.double() @ weight.double() + bias.double()
+        assert_near(Weight(weight, bias).product(x), want, f"{rows} rows")
+
+
+@pytest.mark.parametrize("width", [8, 10, 12, 20, 40, 64, 70, 96])
+def test_the_gradient_of_a_weight_of_any_width(width: int):
+    """Tiles of 8, 10 or 12 rows, full or not, and pixels beyond what is summed at once."""
+    for depth, pixels in ((100, 1500), (128, 33)):
+        slope, x = noise(pixels, width), noise(pixels, depth)
+        found = WeightSlope(width, depth).add(slope, x).add(slope, x).total
+        assert_near(found, 2 * slope.double().T @ x.double(), f"{depth} deep, {pixels} pixels")
+
+
+@pytest.mark.parametrize("side", [2, 3, 4, 5])
+@torch.no_grad()
+def test_gates_scale_the_map_or_the_weights(side: int):
+    """16 columns: maps of 4 and 9 pixels are gated themselves, of 16 and 25 their weights."""
+    x, gates, weight, bias = noise(3, side, side, 24), noise(3, 24).float(), noise(16, 24).float(), noise(16).float()
+    want = (x.double() * gates.double()[:, None, None]) @ weight.double().T + bias.double()
+    out = x.new_empty(3, side, side, 16)
+    GatedWeight(weight, bias, pixels=side * side).product(x, gates, out)
+    assert_near(out, want, f"{side * side} pixels")
