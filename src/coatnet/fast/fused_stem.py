@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +30,15 @@ class Convolution(NamedTuple):
     weight: Tensor
     bias: Tensor
 
-    def rows_of_patches(self, depth: int) -> Tensor:
-        """The weight on unfolded patches of so many values: (D, depth)."""
-        rows = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return F.pad(rows, (0, depth - rows.shape[1]))
-
     @property
     def rows(self) -> Tensor:
         """The weight, lines of taps one after the other: (D, 9 C)."""
         return self.weight.permute(0, 2, 3, 1).flatten(1)
+
+    def of_patches(self, patches: Tensor) -> Tensor:
+        """Convolve what was unfolded: (B, h, w, 9 C or more) -> (B, h, w, D) bf16."""
+        rows = F.pad(self.rows, (0, patches.shape[3] - self.rows.shape[1]))
+        return Weight(rows.T, self.bias).product(patches)
 
     @property
     def back(self) -> Tensor:
@@ -59,29 +59,32 @@ def _convolutions(weights: Sequence[Tensor]) -> list[Convolution]:
 class Stemmed(torch.autograd.Function):
     """S0: images (B, C, H, W) float -> (B, D, h, w) bf16. Images get no gradient.
 
-    Kept are the maps that BatchNorm norms; what the activation makes of them exists for a group of images at a time.
+    Kept are the maps that BatchNorm norms, but for the first: the images lie there anyway, and their patches' product
+    costs little. What the activation makes of the maps exists for a group of images at a time.
     """
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, stem: ConvStem, *weights: Tensor) -> Tensor:
         first, *inner = _convolutions(weights)
+        ctx.stem, ctx.moments = stem, []
         with torch.autocast("cpu", enabled=False):
-            patches = _unfold(images, stem[0].stride[0])  # pyright: ignore
+            patches = _unfold(images, stem)
             count = patches[..., 0].numel()
-            made = [Weight(first.rows_of_patches(patches.shape[3]).T, first.bias).product(patches)]
-            ctx.moments = []
+            made = [first.of_patches(patches)]
             for convolution, norm in zip(inner, list(stem)[1::3], strict=True):
                 ctx.moments.append(Moments(run_map("MOMENTS", made[-1]), count, batch_norm_of(norm)))
                 made.append(_act_and_convolve(made[-1], ctx.moments[-1], convolution))
-        ctx.save_for_backward(patches, *made[:-1], *weights)
+        ctx.save_for_backward(images, *made[1:-1], *weights)
         return made[-1].permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        num_norms = len(ctx.moments)
-        patches, *saved = ctx.saved_tensors
-        made, (first, *inner) = saved[:num_norms], _convolutions(saved[num_norms:])
+        num_kept = len(ctx.moments) - 1
+        images, *saved = ctx.saved_tensors
+        first, *inner = _convolutions(saved[num_kept:])
         with torch.autocast("cpu", enabled=False):
+            patches = _unfold(images, ctx.stem)
+            made = [first.of_patches(patches), *saved[:num_kept]]
             slope = bf16_rows(slope.permute(0, 2, 3, 1))
             found = [sum_of_rows(slope)]  # from the last to the first
             for before, moments, convolution in zip(made[::-1], ctx.moments[::-1], inner[::-1], strict=True):
@@ -129,9 +132,10 @@ def _slopes(x: Tensor, slope: Tensor, moments: Moments, convolution: Convolution
     return acted_slope, _taps_slope(padded, acted), sums
 
 
-def _unfold(images: Tensor, stride: int) -> Tensor:
-    """Return the 3x3 patches of images (B, C, H, W): (B, h, w, 9 C, made even) bf16."""
+def _unfold(images: Tensor, stem: ConvStem) -> Tensor:
+    """Return the 3x3 patches of images (B, C, H, W) that the stem starts with: (B, h, w, 9 C, made even) bf16."""
     images = images.detach().float()
+    stride = cast(nn.Conv2d, stem[0]).stride[0]
     B, C, H, W = images.shape
     patches = images.new_empty(B, -(-H // stride), -(-W // stride), 9 * C + C % 2, dtype=torch.bfloat16)
     image, channel, line, cell = (4 * step for step in images.stride())
