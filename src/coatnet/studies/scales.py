@@ -13,7 +13,6 @@ from typing import Any
 from coatnet import recipes, zoo
 from coatnet.config import (
     AugmentConfig,
-    FloatPrecision,
     ModelConfig,
     OptimizerConfig,
     PreprocessingConfig,
@@ -140,8 +139,6 @@ def _training(
     augment: AugmentConfig | None = None,
     label_smoothing: float = 0.0,
     holdout_percent: float | None = 5.0,
-    train_percent: float | None = None,
-    precision: FloatPrecision = "bf16",
 ) -> TrainConfig:
     """Build a training of so many epochs with so many looks at the pictures set apart; plain unless said otherwise."""
     return TrainConfig(
@@ -157,8 +154,7 @@ def _training(
         evaluation_interval_epochs=epochs / looks,
         global_batch_size=batch,
         holdout_percent=holdout_percent,
-        train_percent=train_percent,
-        precision=precision,
+        precision="bf16",
         checkpoint_interval_s=60.0,
         keep_last=1,
     )
@@ -184,7 +180,9 @@ SMALL = Scale(
     px=28,
     larger_px=48,  # 384 / 224 of it
     early_px=56,
-    limited=_training(_CCTT, "fashion-mnist", train_percent=10, epochs=16, looks=8, batch=128, optimizer=_UNDECAYED),
+    limited=replace(
+        _training(_CCTT, "fashion-mnist", epochs=16, looks=8, batch=128, optimizer=_UNDECAYED), train_percent=10
+    ),
     abundant=_SMALL_ABUNDANT,
     usual=_training(
         _CCTT, "fashion-mnist", epochs=1.5, looks=6, batch=128, optimizer=_ADAMW, augment=_SHIFTED, label_smoothing=0.1
@@ -207,10 +205,8 @@ _TOY_NETWORKS = {
 def _toy(config: TrainConfig) -> TrainConfig:
     network = replace(_TOY_NETWORKS["CCTT"], image_size=(8, 8))
     optimizer = replace(config.optimizer, warmup_steps=4)
-    return _training(
-        network, "digits", epochs=1, looks=2, batch=64, optimizer=optimizer, train_percent=config.train_percent,
-        holdout_percent=10, precision="fp32",
-    )  # fmt: skip
+    made = _training(network, "digits", epochs=1, looks=2, batch=64, optimizer=optimizer, holdout_percent=10)
+    return replace(made, train_percent=config.train_percent, precision="fp32")
 
 
 TOY = replace(
