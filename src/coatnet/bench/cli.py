@@ -193,7 +193,7 @@ def agreement(
 @bench.command
 def small(
     *,
-    model: str = "coatnet_nano,coatnet_pico",
+    model: str = "coatnet_pico",
     minutes: float = 20.0,
     seeds: int = 3,
     runs: Path = Path("runs/small"),
