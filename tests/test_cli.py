@@ -193,12 +193,12 @@ def test_predict_answers_alike_whatever_is_asked_with_it(
 
 
 def test_fine_tuning_on_other_classes_and_another_size(trained: tuple[Path, str], tmp_path: Path, say):
-    other = write_pictures(tmp_path / "other", classes=("cat", "dog"), per_class=12, size=(32, 32))
+    other = write_pictures(tmp_path / "other", classes=("cat", "dog"), per_class=12, size=(40, 40))
     said = say("train", other, "--out", tmp_path / "tuned", "--init", trained[0], "--epochs", 1, "--freeze", "S2")
     assert said.status == 0, said.err
     assert f"model coatnet_pico: that of {trained[0]}" in said.out
     assert "the classifier starts anew: 2 classes" in said.out
-    assert "bias tables were interpolated to (32, 32) px" in said.out
+    assert "bias tables were interpolated to (40, 40) px" in said.out
     assert coatnet.load(tmp_path / "tuned").labels == ("cat", "dog")
 
 
