@@ -282,6 +282,30 @@ def test_a_picture_that_does_not_fit_alone_is_told(pictures: Path, tmp_path: Pat
         train(config_of(pictures, tmp_path / "run"))
 
 
+BROKEN_OFF = """
+    import torch
+    from coatnet.training.update import running_out
+
+    def fail(_gradient):
+        raise RuntimeError("can't allocate memory")
+
+    x = torch.ones(4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):  # as checkpointing has them
+        ready, bad = (x * x).sum(), (x * x) * 1.0
+        bad.register_hook(fail)
+        loss = bad.sum() + ready
+    with running_out() as met:
+        loss.backward()
+    print(met)
+"""
+
+
+def test_what_a_broken_backward_pass_left_is_let_go():
+    done = finish([sys.executable, "-c", textwrap.dedent(BROKEN_OFF)])
+    assert "can't allocate memory" in done.stdout, done.stderr
+    assert done.returncode == 0, f"the process ended with {done.returncode}"
+
+
 def test_only_the_asked_checkpoints_stay(pictures: Path, tmp_path: Path):
     config = config_of(pictures, tmp_path / "run", checkpoint_interval_s=1e-9, keep_last=1, keep_every=3, num_epochs=2)
     train(config)

@@ -70,7 +70,7 @@ class _Statistics:
 def _gather_gradients(run: Run, batch: Batch, statistics: _Statistics) -> Tensor:
     """Return the mean loss of the batch with its gradients gathered, in pieces as small as memory asks for."""
     while True:
-        with _running_out() as ran_out:
+        with running_out() as ran_out:
             return _gather_once(run, batch)
         assert ran_out
         for parameter in run.network.parameters():
@@ -80,12 +80,15 @@ def _gather_gradients(run: Run, batch: Batch, statistics: _Statistics) -> Tensor
 
 
 @contextmanager
-def _running_out() -> Generator[list[str]]:
+def running_out() -> Generator[list[str]]:
     """Gather the error of an allocator instead of raising it, so that nothing holds on to what was allocated."""
     met: list[str] = []
     try:
         yield met
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        # Autograd keeps what was ready when a backward pass broke off until the next one: memory, and a crash at exit
+        # where activations are checkpointed.
+        torch.zeros((), requires_grad=True).backward()
         if not (isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY)):
             raise
         met.append(str(error))
