@@ -289,8 +289,8 @@ BROKEN_OFF = """
     def fail(_gradient):
         raise RuntimeError("can't allocate memory")
 
-    x = torch.ones(4, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):  # as checkpointing has them
+    x = torch.ones(4, requires_grad=True)  # and hooks, as checkpointing has them
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
         ready, bad = (x * x).sum(), (x * x) * 1.0
         bad.register_hook(fail)
         loss = bad.sum() + ready
