@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -72,6 +73,32 @@ def test_generated_tables_are_current() -> None:
         [sys.executable, "tools/write_results.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_table_of_small_rows_says_by_how_much_one_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    speed_tables = importlib.import_module("speed_tables")
+    accuracy = {
+        "work": "accuracy", "model": "coatnet_pico", "peer": "resnet10t", "minutes": 2.0,
+        "images": {"coatnet_pico": 900, "resnet10t": 600},
+        "top1_percent": {"coatnet_pico": [94.0, 94.5, 94.7], "resnet10t": [94.0, 94.1, 94.2]},
+    }  # fmt: skip
+    inference = {
+        "work": "inference bf16", "model": "coatnet_pico", "best_peer": "openvino",
+        "images_per_s": {"coatnet_pico": 30.0, "openvino": 20.0},
+        "timings": {name: {"median_s": 1.0, "low_s": 1.0, "high_s": 1.0} for name in ("coatnet_pico", "openvino")},
+        "ratio": {"median": 1.5, "low": 1.4, "high": 1.6},
+    }  # fmt: skip
+    record = {
+        "kind": "bench small", "file": "bench_small.json", "figures": {"rows": [accuracy, inference]},
+        "host": {"cpu": "one", "cores": 2, "torch_threads": 2, "gpu": None}, "versions": {}, "command": ["coatnet"],
+        "commit": None, "seconds": 1.0,
+    }  # fmt: skip
+    (line,) = (
+        line for line in speed_tables.speed_section([record]).splitlines() if line.startswith("| `coatnet_pico`")
+    )
+    assert "| 2 | 94.00 94.50 94.70 | 94.40 | 94.00 94.10 94.20 | 94.10 | **+0.30** (+0.00 to +0.50) |" in line, line
+    assert "**1.50** (1.40 to 1.60)" in line, line
 
 
 def test_nothing_of_one_machine_is_told() -> None:

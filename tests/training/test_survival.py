@@ -283,26 +283,41 @@ def test_a_picture_that_does_not_fit_alone_is_told(pictures: Path, tmp_path: Pat
 
 
 BROKEN_OFF = """
+    import gc
+    import weakref
     import torch
     from coatnet.training.update import running_out
+
+    class Saved:  # by hooks, as checkpointing has them
+        def __init__(self, tensor):
+            self.tensor = tensor
+            held.add(self)
 
     def fail(_gradient):
         raise RuntimeError("can't allocate memory")
 
-    x = torch.ones(4, requires_grad=True)  # and hooks, as checkpointing has them
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
-        ready, bad = (x * x).sum(), (x * x) * 1.0
-        bad.register_hook(fail)
-        loss = bad.sum() + ready
-    with running_out() as met:
-        loss.backward()
-    print(met)
+    def break_off():
+        x = torch.ones(4, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            ready, bad = (x * x).sum(), (x * x) * 1.0
+            bad.register_hook(fail)
+            loss = bad.sum() + ready
+        assert held
+        with running_out() as met:
+            loss.backward()
+        print(met)
+
+    held = weakref.WeakSet()
+    break_off()
+    gc.collect()
+    print(len(held), "held")
 """
 
 
 def test_what_a_broken_backward_pass_left_is_let_go():
     done = finish([sys.executable, "-c", textwrap.dedent(BROKEN_OFF)])
     assert "can't allocate memory" in done.stdout, done.stderr
+    assert "0 held" in done.stdout, done.stdout
     assert done.returncode == 0, f"the process ended with {done.returncode}"
 
 
