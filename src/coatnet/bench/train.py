@@ -95,7 +95,7 @@ def bench_train(
     rounds: int = ROUNDS,
 ) -> dict[str, Any]:
     """Measure updates of one batch size; return a row of figures. Raises: as `bench_infer`."""
-    keep_freed_memory()  # as `coatnet train` does; it serves all of them
+    keep_freed_memory()  # it serves all of them
     names = ["coatnet", *(["timm eager", "timm compiled"] if "timm" in libraries else [])]
     models = {name: _form(name, config, device) for name in names}
     if len(models) > 1:
@@ -171,7 +171,7 @@ def measure_memory(name: str, config: ModelConfig, batch: int, precision: str) -
 
 def _memory_of(task: dict[str, Any]) -> float | None:
     config, device = ModelConfig.from_dict(task["config"]), torch.device("cpu")
-    keep_freed_memory()
+    keep_freed_memory(sparing=task["name"].endswith("checkpointed"))  # as `coatnet train` does
     update = make_update(_form(task["name"], config, device), config, task["batch"], task["precision"], device)
     grown = peak_mib(update, device)  # the first update also makes the optimizer's state: it counts for all alike
     again = peak_mib(update, device)

@@ -28,7 +28,6 @@ def train_from_flags(
     data: str | None, out: Path | None, *, resume: bool, overwrite: bool, given: dict[str, Any], quiet: bool
 ) -> Result:
     """Train as the command line says; `given` holds settings by the config's names. Raises: as `train`."""
-    keep_freed_memory()
     console = _console(quiet)
     run = _to_go_on_with(data, out, resume)
     if run is not None:
@@ -40,6 +39,7 @@ def train_from_flags(
         config, reasons = choose_config(data, str(out or RUNS / name_of(data)), given)
         for reason in reasons:
             console.print(f"  {reason}")
+    keep_freed_memory(sparing=config.activation_checkpointing)
     with Shown(console) as shown:
         start = "resume" if run is not None else "overwrite" if overwrite else "new"
         result = train(config, start=start, progress=shown)
@@ -49,7 +49,6 @@ def train_from_flags(
 
 def reproduce_run(run: Path, out: Path | None, *, quiet: bool) -> Result:
     """Do a run again and say whether it came out alike. Raises: as `reproduce`."""
-    keep_freed_memory()
     console = _console(quiet)
     console.print(f"doing {run} again")
     with Shown(console) as shown:

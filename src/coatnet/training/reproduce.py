@@ -16,6 +16,7 @@ from coatnet.files import sha256_of
 from coatnet.ranks import num_ranks
 from coatnet.record import environment
 from coatnet.training import checkpoint, run_folder
+from coatnet.training.allocator import keep_freed_memory
 from coatnet.training.finish import Result
 from coatnet.training.loop import train
 from coatnet.training.run import Progress
@@ -31,6 +32,7 @@ def reproduce(run: Path, out: Path | None, console: Console, progress: Progress)
     for difference in _differences(start, environment()):
         console.print(f"  not as then: {difference}")
     torch.set_num_threads(start["host"]["torch_threads"])
+    keep_freed_memory(sparing=config.activation_checkpointing)
     again = out or run.with_name(f"{run.name}-again")
     result = train(replace(config, out=str(again)), progress=progress)
     if not result.was_interrupted:
