@@ -89,6 +89,8 @@ class TrainFlags:
     """Rate at the last block, 0 to below 1."""
     flip_rate: float | None = None
     """Share of pictures mirrored; 0 where left and right matter."""
+    erase_rate: float | None = None
+    """Share of pictures of which a box is covered with noise, like 0.25: for runs of many epochs."""
     mixup: float | None = None
     """Alpha of mixup, like 0.8; 0 for none."""
     cutmix: float | None = None

@@ -149,10 +149,12 @@ def test_evaluation_shows_each_readable_picture_once(holed):
     assert sorted(evaluation.bad_images) == ["ant/003.png", "ant/004.png", "bee/005.png"]
 
 
-@pytest.mark.parametrize("augment", [{"crop": "pad"}, {"crop": "pad", "max_shift_ratio": 0.2}, {"crop": "resize"}])
+@pytest.mark.parametrize(
+    "augment", [{"crop": "pad"}, {"crop": "pad", "max_shift_ratio": 0.2}, {"crop": "resize", "erase_rate": 0.5}]
+)
 @pytest.mark.parametrize("colours", [(3, 3), (1, 3), (1, 1)])
 def test_pictures_in_memory_are_moved_at_once_as_one_by_one(augment, colours, monkeypatch):
-    """The same bits as the way through each picture alone, which erasing none of them takes."""
+    """The same bits as the way through each picture alone."""
     held, wanted = colours
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (40, 9, 12, 3) if held == 3 else (40, 9, 12), dtype=np.uint8)

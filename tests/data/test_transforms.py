@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as F
 from coatnet.config import AugmentConfig, PreprocessingConfig
 from coatnet.data import draws
 from coatnet.data.decode import decode
-from coatnet.data.transforms import Augmentation, Preprocessing, erase, random_box
+from coatnet.data.transforms import Augmentation, Preprocessing, erase, erase_some, random_box
 
 GREY = {"mean": (0.286,), "std": (0.353,)}
 
@@ -32,7 +32,7 @@ def test_every_size_fits(size, target, channels):
         assert (out.shape, out.dtype) == ((C, *target), torch.uint8), f"{fit}: {tuple(out.shape)} {out.dtype}"
         assert out.is_contiguous()
     for crop in ("random_resized", "pad", "resize"):
-        augment = AugmentConfig(crop=crop, randaugment_ops=2, randaugment_magnitude=15, erase_rate=1.0)
+        augment = AugmentConfig(crop=crop, randaugment_ops=2, randaugment_magnitude=15)
         for position in range(3):
             rng = draws.generator(0, "augment", 0, position)
             out = Augmentation(augment, config)(image, rng)
@@ -136,12 +136,21 @@ def test_no_crop_of_a_shrunk_jpeg_is_magnified_and_it_shows_the_same_part(tmp_pa
 
 
 def test_erase_covers_part_with_noise():
-    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
-    shares = [(erase(image, draws.generator(0, "t", 0, p)) != 0).any(0).float().mean().item() for p in range(100)]
-    assert image.sum() == 0, "the picture handed in was changed"
-    assert min(shares) > 0.01, f"a box of {min(shares):.3f}"
-    assert max(shares) < 0.35, f"a box of {max(shares):.3f}"
-    assert erase(image[:, :1, :1], draws.generator(0, "t", 0, 0)).shape == (3, 1, 1)
+    images = torch.zeros(100, 3, 40, 40, dtype=torch.uint8)
+    for position, image in enumerate(images):
+        erase(image, draws.generator(0, "t", 0, position))
+    shares = (images != 0).any(1).float().mean((1, 2))
+    assert shares.min() > 0.01, f"a box of {shares.min():.3f}"
+    assert shares.max() < 0.35, f"a box of {shares.max():.3f}"
+    erase(images[0, :, :1, :1], draws.generator(0, "t", 0, 0))  # no box fits
+
+
+@pytest.mark.parametrize("rate", [0.25, 1.0])
+def test_about_the_asked_share_is_erased(rate):
+    images, places = torch.zeros(1000, 1, 8, 8, dtype=torch.uint8), np.arange(1000)
+    erase_some(images, rate, seed=0, epochs=places // 600, positions=places)
+    share = (images != 0).flatten(1).any(1).float().mean().item()
+    assert abs(share - rate) < 0.05, f"{share:.3f} of the pictures"
 
 
 def test_rates_of_zero_and_one_are_never_and_always():

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from coatnet.data import draws
 from coatnet.data.image_sets import ArrayImages
 from coatnet.data.sources import ImageSet
-from coatnet.data.transforms import Augmentation, Preprocessing
+from coatnet.data.transforms import Augmentation, Preprocessing, erase_some
 from coatnet.errors import BadImageError, ConfigError, DataError
 
 
@@ -171,7 +171,7 @@ class _TrainMaker:
         if isinstance(held, ArrayImages) and self.augmentation.only_moves(held.pixels.shape[1:]):
             numbers = draws.first_uniforms(self.seed, "augment", epochs, positions.numpy(), 3)
             moved = self.augmentation.move(held.pixels[held.rows[indices]], numbers)
-            return _Made(_batch(moved, held.targets[indices], positions, torch.from_numpy(epochs)))
+            return _Made(self._erased(moved, held.targets[indices], positions, epochs))
         images, taken, bad = list[Tensor](), list[int](), dict[str, str]()
         try:
             for position, epoch, index in zip(range(start, stop), epochs.tolist(), indices.tolist(), strict=True):
@@ -180,8 +180,13 @@ class _TrainMaker:
                 taken.append(index)
         except DataError as error:
             return _Made(None, bad, error)
-        targets = self.image_set.targets[taken]
-        return _Made(_batch(torch.stack(images), targets, positions, torch.from_numpy(epochs)), bad)
+        return _Made(self._erased(torch.stack(images), self.image_set.targets[taken], positions, epochs), bad)
+
+    def _erased(self, images: Tensor, targets: draws.IntArray, positions: Tensor, epochs: draws.IntArray) -> Batch:
+        rate = self.augmentation.config.erase_rate
+        if rate:
+            erase_some(images, rate, seed=self.seed, epochs=epochs, positions=positions.numpy())
+        return _batch(images, targets, positions, torch.from_numpy(epochs))
 
     def _read_from(self, index: int, place: tuple[int, int], bad: dict[str, str]) -> tuple[Tensor, int]:
         """Read and augment the picture, or in a bad one's place the next that can be read; return it and its index."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coatnet.config import AugmentConfig, PreprocessingConfig
+from coatnet.data import draws
 from coatnet.data.decode import MinSide, Pixels
 from coatnet.data.draws import FloatArray
 
@@ -46,7 +47,7 @@ class Preprocessing:
 
 
 class Augmentation:
-    """What training does to a picture: crop, flip, RandAugment, erase, in this order. Source: Table 10."""
+    """What training does to a picture: crop, flip, RandAugment, in this order. Source: Table 10."""
 
     def __init__(self, config: AugmentConfig, preprocessing: PreprocessingConfig) -> None:
         self.config = config
@@ -82,14 +83,12 @@ class Augmentation:
             from coatnet.data.randaugment import randaugment  # brings torchvision, slow to load; predict needs none
 
             out = randaugment(out, config.randaugment_ops, config.randaugment_magnitude, rng)
-        if config.erase_rate and rng.random() < config.erase_rate:
-            out = erase(out, rng)
         return out
 
     def only_moves(self, shape: tuple[int, ...]) -> bool:
         """Whether pictures of this shape, (H, W) or (H, W, 3), are shifted and mirrored at most: `move` does many."""
         config, is_grey = self.config, len(shape) == GREY_AXES
-        changes = config.crop == "random_resized" or config.randaugment_ops or config.erase_rate
+        changes = config.crop == "random_resized" or config.randaugment_ops
         return not changes and shape[:2] == self.size and (is_grey or self.channels == shape[-1])
 
     def move(self, images: Pixels, draws_B3: FloatArray) -> Tensor:
@@ -200,8 +199,15 @@ def random_box(size: tuple[int, ...], min_scale: float, rng: np.random.Generator
     return (H - height) // 2, (W - width) // 2, height, width
 
 
-def erase(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Put noise over a box of 2 .. 33 % of the area and of ratio 0.3 .. 3.3: (C, h, w) uint8 -> the same, a copy.
+def erase_some(images: Tensor, rate: float, *, seed: int, epochs: draws.IntArray, positions: draws.IntArray) -> None:
+    """Erase from about so great a share of a batch: images (B, C, h, w) uint8, in place; epochs, positions (B,)."""
+    chances_B = draws.uniforms(seed, "erase", epochs, positions, 1)[:, 0]
+    for row in np.flatnonzero(chances_B < rate).tolist():
+        erase(images[row], draws.generator(seed, "erased box", int(epochs[row]), int(positions[row])))
+
+
+def erase(image: Tensor, rng: np.random.Generator) -> None:
+    """Put noise over a box of 2 .. 33 % of the area and of ratio 0.3 .. 3.3 of an image (C, h, w) uint8, in place.
 
     Source: Zhong et al., arXiv 1708.04896.
     """
@@ -212,8 +218,6 @@ def erase(image: Tensor, rng: np.random.Generator) -> Tensor:
         height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < height < h and 0 < width < w:
             top, left = int(rng.integers(h - height + 1)), int(rng.integers(w - width + 1))
-            out = image.clone()
             noise = rng.integers(0, 256, (C, height, width), dtype=np.uint8)
-            out[:, top : top + height, left : left + width] = torch.from_numpy(noise)
-            return out
-    return image
+            image[:, top : top + height, left : left + width] = torch.from_numpy(noise)
+            return
