@@ -75,7 +75,7 @@ _OWN_STRIDES = (2, 2, 2, 1, 2)
 # fmt: off
 _OURS = (
     #        name            S1-S4   S0 S1 S2 S3 S4    S0  S1   S2   S3   S4
-    Row(_own("coatnet_pico", "CCCT", (2, 1, 1, 1, 1), (32, 48,  64,  96, 128))),
+    Row(_own("coatnet_pico", "CCCT", (3, 1, 1, 1, 1), (32, 48,  64,  96, 128))),
     Row(_own("coatnet_nano", "CCTT", (3, 1, 2, 1, 1), (40, 48,  96, 160, 256))),
     Row(_own("coatnet_tiny", "CCTT", (3, 2, 2, 4, 2), (64, 80, 128, 192, 320))),
 )
