@@ -217,6 +217,7 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {  # flag: what is typed, where it ends
     "label_smoothing": (0.25, "label_smoothing", 0.25),
     "stochastic_depth": (0.375, "model.stochastic_depth_rate", 0.375),
     "flip_rate": (0.0, "augment.flip_rate", 0.0),
+    "erase_rate": (0.125, "augment.erase_rate", 0.125),
     "mixup": (0.7, "augment.mixup_alpha", 0.7),
     "cutmix": (0.9, "augment.cutmix_alpha", 0.9),
     "ema_decay": (0.75, "ema_decay", 0.75),
