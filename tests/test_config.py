@@ -94,6 +94,7 @@ REFUSALS: list[tuple[Config, dict[str, Any], str, str]] = [  # config, change, w
     (AugmentConfig(), {"randaugment_magnitude": 31.0}, "randaugment_magnitude is 31.0", "10 is the full range"),
     (AugmentConfig(), {"flip_rate": 1.5}, "flip_rate is 1.5", "0 to 1"),
     (AugmentConfig(), {"erase_rate": -0.5}, "erase_rate is -0.5", "0 to 1"),
+    (AugmentConfig(), {"mix_share": 1.5}, "mix_share is 1.5", "0 to 1"),
     (AugmentConfig(), {"mixup_alpha": 0.0}, "mixup_alpha is 0.0", "above 0"),
     (AugmentConfig(), {"cutmix_alpha": -1.0}, "cutmix_alpha is -1.0", "above 0"),
     (OptimizerConfig(), {"peak_lr": 0.0}, "peak_lr is 0.0", "above 0"),

@@ -95,6 +95,8 @@ class TrainFlags:
     """Alpha of mixup, like 0.8; 0 for none."""
     cutmix: float | None = None
     """Alpha of cutmix, like 1.0; 0 for none."""
+    mix_share: float | None = None
+    """Share of the run, from its start, in which pictures are mixed, like 0.75."""
     ema_decay: float | None = None
     """Of the weights' moving average, like 0.9999; 0 for none."""
     holdout: float | None = None

@@ -275,6 +275,7 @@ class AugmentConfig(Config):
     erase_rate: float = 0.0
     mixup_alpha: float | None = None
     cutmix_alpha: float | None = None
+    mix_share: float = 1.0  # of the run, from its start on; what is left of it sees pictures as they are
 
     @property
     def mixes(self) -> bool:
@@ -292,7 +293,7 @@ class AugmentConfig(Config):
             f"randaugment_magnitude is {self.randaugment_magnitude}",
             "It must be 0 to 30, where 10 is the full range",
         )
-        for name in ("flip_rate", "erase_rate"):
+        for name in ("flip_rate", "erase_rate", "mix_share"):
             _check(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}", "It must be 0 to 1")
         for name in ("mixup_alpha", "cutmix_alpha"):
             _check_positive(name, getattr(self, name))

@@ -220,6 +220,7 @@ FLAGS: dict[str, tuple[Any, str, Any]] = {  # flag: what is typed, where it ends
     "erase_rate": (0.125, "augment.erase_rate", 0.125),
     "mixup": (0.7, "augment.mixup_alpha", 0.7),
     "cutmix": (0.9, "augment.cutmix_alpha", 0.9),
+    "mix_share": (0.625, "augment.mix_share", 0.625),
     "ema_decay": (0.75, "ema_decay", 0.75),
     "holdout": (25.0, "holdout_percent", 25.0),
     "patience": (3, "patience_epochs", 3),

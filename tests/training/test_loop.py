@@ -181,6 +181,18 @@ def test_microbatches_equal_the_whole_batch(pictures: Path, tmp_path: Path):
     assert_close_end(tmp_path / "pieces", tmp_path / "whole")
 
 
+def test_mixing_ends_after_its_share(pictures: Path, tmp_path: Path):
+    """Two epochs of four or five updates: the first as where all is mixed, the second as where nothing is."""
+    for name, change in (("all", {}), ("half", {"mix_share": 0.5}), ("none", {"mix_share": 0.0})):
+        train(config_of(pictures, tmp_path / name, **EVERYTHING | {"augment": replace(AUGMENT, **change)}))
+    plain = replace(AUGMENT, mixup_alpha=None, cutmix_alpha=None)
+    train(config_of(pictures, tmp_path / "plain", **EVERYTHING | {"augment": plain}))
+    assert_same_end(tmp_path / "none", tmp_path / "plain")
+    whole, half = ([row["train_loss"] for row in history_of(tmp_path / name)] for name in ("all", "half"))
+    assert half[0] == whole[0]
+    assert half[1] < whole[1], "soft targets of two classes keep the loss up"
+
+
 def assert_close_end(found: Path, want: Path) -> None:
     """Hold two runs to the same losses and answers, up to the rounding of float32."""
     for mine, theirs in zip(history_of(found), history_of(want), strict=True):

@@ -138,7 +138,7 @@ def make_plan(request: Request) -> Plan:
             f"A batch of {batch} has no equal shares for {request.gpus} GPUs. Give --batch a multiple of it."
         )
     method, keeps_average = settings["optimizer"].method, settings["ema_decay"] is not None
-    mixes = settings["augment"].mixup_alpha is not None or settings["augment"].cutmix_alpha is not None
+    mixes = settings["augment"].mixes
     tapes, share = record(config, request.precision, "cuda"), batch // request.gpus
     optimizer = 2 * FP32 - (FP32 * mixing_share(tapes) if method == "muon" else 0)  # Muon has one average
     forms: list[Form] = []

@@ -143,14 +143,15 @@ def loss_of_batch(run: Run, micro: Batch) -> Tensor:
     config, device = run.config, run.ranks.device
     images = run.preprocessing.normalise(micro.images.to(device, non_blocking=True))
     targets = soft_targets(micro.targets.to(device), config.model.num_classes, config.label_smoothing)
-    images, targets = mix(
-        images,
-        targets,
-        micro.positions,
-        seed=config.seed,
-        mixup_alpha=config.augment.mixup_alpha,
-        cutmix_alpha=config.augment.cutmix_alpha,
-    )
+    if run.progress() < config.augment.mix_share:
+        images, targets = mix(
+            images,
+            targets,
+            micro.positions,
+            seed=config.seed,
+            mixup_alpha=config.augment.mixup_alpha,
+            cutmix_alpha=config.augment.cutmix_alpha,
+        )
     images = images.contiguous(memory_format=torch.channels_last)
     is_bf16, keeps_casts = config.precision == "bf16", not config.shard  # kept casts would be a whole network of them
     with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16, cache_enabled=keeps_casts):
