@@ -41,7 +41,7 @@ PEER = "resnet10t"
 PEER_BATCH, PEER_PEAK_LR, PEER_WEIGHT_DECAY, LABEL_SMOOTHING, MAX_SHIFT_PX = 256, 3e-3, 0.05, 0.1, 1
 CUTMIX_ALPHA, MIX_SHARE = 1.0, 0.75  # ours
 NUM_TRAIN = 60_000
-RATE_ROUNDS, RATE_S = 3, 20.0
+RATE_ROUNDS, RATE_S = 9, 12.0  # a shared machine moves by half within a minute: many short turns
 INFERENCE_BATCH, ROUNDS, TURN_S = 64, 5, 1.0
 
 
