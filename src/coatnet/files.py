@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
@@ -170,13 +171,17 @@ def _stays_inside(name: str) -> bool:
 def private_cache(name: str) -> Path:
     """Return a folder for what can be made again, that no other user can write to; made where it is not there.
 
-    Raises: OSError if it belongs to somebody else or cannot be made.
+    Raises: OSError if it belongs to somebody else, or cannot be made or written to.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
     folder = Path(base) / "coatnet" / name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "getuid"):
-        if folder.stat().st_uid != os.getuid():
+        found = folder.stat()
+        if found.st_uid != os.getuid():
             raise OSError(f"{folder} belongs to another user. Set XDG_CACHE_HOME to a folder of your own.")
-        folder.chmod(0o700)
+        if stat.S_IMODE(found.st_mode) != 0o700:
+            folder.chmod(0o700)
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"{folder} cannot be written to")
     return folder

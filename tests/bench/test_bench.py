@@ -21,7 +21,7 @@ from coatnet.bench.infer import bench_infer, lively
 from coatnet.bench.machine import measure_rates, roofline, work_of
 from coatnet.bench.memory import peak_mib
 from coatnet.bench.peers import DifferentWorkError, check_same_answers, check_same_work, timm_twin
-from coatnet.bench.small import batches
+from coatnet.bench.small import RATE_ROUNDS, batches
 from coatnet.bench.train import bench_train, make_update, measure_memory
 from coatnet.bench.turns import ratio, take_turns
 from coatnet.classifier import Classifier
@@ -216,7 +216,9 @@ def test_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.slow
 def test_small_trains_both_once_and_compares_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("timm")
-    (tmp_path / "rates.json").write_text(json.dumps({"coatnet_pico": [90.0, 110.0], "resnet10t": [150.0]}))
+    asked = {"networks": ["coatnet_pico", "resnet10t"], "rounds": RATE_ROUNDS, "threads": torch.get_num_threads()}
+    rates = {"coatnet_pico": [90.0, 110.0], "resnet10t": [150.0]}
+    (tmp_path / "rates.json").write_text(json.dumps({"asked": asked, "found": rates}))
     words = ["bench", "small", "--model", "coatnet_pico", "--minutes", "0.1", "--seeds", "1", "--runs", str(tmp_path)]
     assert run([*words, "--json"]) == 0
     accuracy, inference = json.loads(capsys.readouterr().out)["figures"]["rows"]
@@ -224,9 +226,15 @@ def test_small_trains_both_once_and_compares_them(tmp_path: Path, capsys: pytest
     assert all(len(values) == 1 and 0 < values[0] < 100 for values in accuracy["top1_percent"].values())
     assert inference["ratio"]["median"] > 0, inference
     marker = tmp_path / "coatnet_pico-0.json"
-    marker.write_text(json.dumps({**json.loads(marker.read_text()), "top1_percent": 12.5}))
+    held = json.loads(marker.read_text())
+    marker.write_text(json.dumps({**held, "found": {**held["found"], "top1_percent": 12.5}}))
     assert run(words) == 0
     assert "coatnet_pico: top-1 12.50 %" in capsys.readouterr().out, "what is done is not done again"
+    words[words.index("0.1")] = "0.2"
+    assert run(words) == 2
+    said = capsys.readouterr().err
+    assert "'images': 600" in said, said
+    assert "Give another folder to --runs" in said, said
 
 
 def test_the_peers_batches_shift_and_mirror():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,6 +173,26 @@ def test_network_in_training_mode_and_with_gradients_is_left_alone():
     torch.testing.assert_close(found, copy.deepcopy(model).eval()(x).detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_answers_are_tensors_like_any_other():
+    """They may be changed in place and learnt from."""
+    answers = coatnet.optimize(NETWORKS["CCTT"])(images(2, (32, 32)))
+    answers += 1
+    probe = nn.Linear(answers.shape[1], 2)
+    probe(answers).sum().backward()
+    assert probe.weight.grad is not None
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_images_whose_channels_lie_gigabytes_apart(precision: Any):
+    """A view into a block (3, B, H, W): its memory is never touched but for one image's."""
+    far = torch.empty(3, 5400, 224, 224).permute(1, 0, 2, 3)[:1]
+    far.copy_(torch.randn(1, 3, 224, 224))
+    fast = coatnet.optimize(NETWORKS["CCTT"], precision=precision)
+    assert far.stride(1) * 4 * 2 > 2**31
+    torch.testing.assert_close(fast(far), fast(far.contiguous()), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in FAST])
 def test_falls_back_and_says_so(kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(engines, "_has_compiler", lambda: False)
@@ -226,4 +247,23 @@ def test_other_engines_agree(engine: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     model, x = network(replace(config_of(), image_size=(32, 32))), images(3, (32, 32))
     fast = coatnet.optimize(model)
     assert fast.engine == engine, fast.notes
+    torch.testing.assert_close(fast(x), model(x).detach(), rtol=1e-4, atol=1e-4)
+    if engine == "openvino":
+        kept = list(tmp_path.rglob("model.xml"))
+        assert len(kept) == 1
+        times = kept[0].stat().st_mtime_ns
+        torch.testing.assert_close(coatnet.optimize(model)(x), fast(x))
+        assert kept[0].stat().st_mtime_ns == times, "the second process converts nothing"
+
+
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    pytest.importorskip("openvino")
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(native, "missing", lambda _precision: "this test says so")
+    model, x = network(replace(config_of(), image_size=(32, 32))), images(3, (32, 32))
+    fast = coatnet.optimize(model)
+    assert fast.engine == "openvino"
+    assert "what is compiled is not kept for the next process" in fast.notes[-1]
     torch.testing.assert_close(fast(x), model(x).detach(), rtol=1e-4, atol=1e-4)

@@ -90,6 +90,16 @@ def test_without_bf16_it_is_the_plain_network():
     assert all(torch.equal(found[name], want[name]) for name in want)
 
 
+def test_gradients_of_gradients_are_refused():
+    """The kernels know the first alone: better an error than a wrong penalty."""
+    fused = fused_of(network(config_of("CCTT"))).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fused(images(2, (32, 32))).float().square().sum()
+    slopes = torch.autograd.grad(loss, list(fused.parameters()), create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.stack([slope.square().sum() for slope in slopes if slope is not None]).sum().backward()
+
+
 @pytest.mark.parametrize("frozen", [nn.BatchNorm2d])
 def test_frozen_statistics_take_the_plain_block(frozen: type[nn.Module]):
     def freeze(model: CoAtNet) -> CoAtNet:

@@ -18,7 +18,7 @@ from coatnet.bench.turns import ratio, take_turns
 from coatnet.bench.weights import scramble
 from coatnet.config import ModelConfig, Precision
 from coatnet.errors import ConfigError
-from coatnet.fast.engines import optimize
+from coatnet.fast.engines import OptimizedModel, optimize
 from coatnet.model.network import CoAtNet
 
 ROUNDS, TURN_S = 5, 1.0
@@ -56,6 +56,14 @@ def bench_infer(
     ]
 
 
+def optimize_as_asked(model: nn.Module, precision: Precision, calibration: Sequence[Tensor]) -> OptimizedModel:
+    """Return our fast form. Raises: ConfigError where it would compute in another precision than is asked."""
+    made = optimize(model, precision=precision, calibration=calibration)
+    if made.precision != precision:
+        raise ConfigError(f"{precision} is not to be had here ({'; '.join(made.notes)}). Give another --dtype.")
+    return made
+
+
 def lively(config: ModelConfig) -> CoAtNet:
     """Build a network whose random weights and statistics leave no part of it idle."""
     model = CoAtNet(config).eval().requires_grad_(False)
@@ -82,9 +90,7 @@ def _measure(
     images = random_images(model.config, batch, device)
     with torch.inference_mode():
         want = model(images)
-    makers: dict[str, Callable[[], Forward]] = {
-        OURS: lambda: optimize(model, precision=precision, calibration=calibration)
-    }
+    makers: dict[str, Callable[[], Forward]] = {OURS: lambda: optimize_as_asked(model, precision, calibration)}
     if twin is not None:
         makers |= contenders(twin, libraries, precision, images, calibration)
     forms: dict[str, Forward] = {}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from coatnet.errors import CoatnetError, ConfigError
+from coatnet.fast.compiling import compile_for_sizes, many_forms
 from coatnet.layout import count
 from coatnet.model.layers import BATCH_NORM_EPS, LAYER_NORM_EPS
 from coatnet.model.network import CoAtNet
@@ -158,10 +159,10 @@ def _compiled(twin: nn.Module, precision: str, images: Tensor) -> Forward:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     model = copy.deepcopy(twin).to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore
     mode = "max-autotune" if images.device.type == "cuda" else "default"
-    compiled = torch.compile(model, mode=mode, dynamic=False)
+    compiled = compile_for_sizes(model, mode)
 
     def forward(images: Tensor) -> Tensor:
-        with torch.no_grad(), inductor.patch(freezing=images.device.type == "cpu"):
+        with torch.no_grad(), many_forms(), inductor.patch(freezing=images.device.type == "cpu"):
             return compiled(images.to(dtype, memory_format=torch.channels_last)).float()
 
     return forward

@@ -39,7 +39,8 @@ from coatnet.model.network import CoAtNet
 
 PEER = "resnet10t"
 PEER_BATCH, PEER_PEAK_LR, PEER_WEIGHT_DECAY, LABEL_SMOOTHING, MAX_SHIFT_PX = 256, 3e-3, 0.05, 0.1, 1
-CUTMIX_ALPHA, MIX_SHARE = 1.0, 0.75  # ours
+PEER_RECIPE = [PEER_BATCH, PEER_PEAK_LR, PEER_WEIGHT_DECAY, LABEL_SMOOTHING, MAX_SHIFT_PX]
+OUR_RECIPE = ["--cutmix", "1", "--mix-share", "0.75"]  # beside what `coatnet train` chooses
 NUM_TRAIN = 60_000
 RATE_ROUNDS, RATE_S = 9, 12.0  # a shared machine moves by half within a minute: many short turns
 INFERENCE_BATCH, ROUNDS, TURN_S = 64, 5, 1.0
@@ -54,10 +55,9 @@ def bench_small(models: Sequence[str], *, minutes: float, num_seeds: int, folder
     import_peer("timm")
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    rates = _kept(folder / "rates.json", partial(_rates, models, folder))
     networks = (*models, PEER)
-    if unknown := [name for name in networks if name not in rates]:
-        raise ConfigError(f"{folder}/rates.json holds no rate of {', '.join(unknown)}. Give another folder to --runs.")
+    asked = {"networks": networks, "rounds": RATE_ROUNDS, "threads": torch.get_num_threads()}
+    rates = _kept(folder / "rates.json", asked, partial(_rates, models, folder))
     images = {name: int(60 * minutes * statistics.median(rates[name])) for name in networks}
     top1 = _accuracies(images, num_seeds, folder)
     accuracies = [
@@ -86,7 +86,8 @@ def _accuracies(images: dict[str, int], num_seeds: int, folder: Path) -> dict[st
         def one(task: tuple[str, int]) -> float:
             name, seed = task
             train = _train_peer if name == PEER else partial(_train_ours, name)
-            found = _kept(folder / f"{name}-{seed}.json", lambda: train(folder, seed, images[name], 1))
+            asked = {"images": images[name], "recipe": PEER_RECIPE if name == PEER else OUR_RECIPE}
+            found = _kept(folder / f"{name}-{seed}.json", asked, lambda: train(folder, seed, images[name], 1))
             bar.advance(shown)
             return found["top1_percent"]
 
@@ -94,10 +95,14 @@ def _accuracies(images: dict[str, int], num_seeds: int, folder: Path) -> dict[st
     return {name: [done[name, seed] for seed in range(num_seeds)] for name in images}
 
 
-def _kept(path: Path, make: Callable[[], Any]) -> Any:
+def _kept(path: Path, asked: dict[str, Any], make: Callable[[], Any]) -> Any:
+    """Return what was made by the same request before, else make it. Raises: ConfigError if it was by another one."""
     if not path.is_file():
-        write_json(path, make())
-    return json.loads(path.read_text())
+        write_json(path, {"asked": asked, "found": make()})
+    held, wanted = json.loads(path.read_text()), json.loads(json.dumps(asked))
+    if held["asked"] != wanted:
+        raise ConfigError(f"{path} is of {held['asked']}, and {wanted} is asked. Give another folder to --runs.")
+    return held["found"]
 
 
 def _rates(models: Sequence[str], folder: Path) -> dict[str, list[float]]:
@@ -117,10 +122,9 @@ def _train_ours(
     """Run `coatnet train` for so many pictures, or for a time."""
     run = folder / f"{model}-{seed}"
     settings = ["--model", model, "--holdout", "0", "--epochs", f"{images / NUM_TRAIN:.4f}", "--seed", str(seed)]
-    settings += ["--cutmix", str(CUTMIX_ALPHA), "--mix-share", str(MIX_SHARE)]
-    settings += [] if max_time_s is None else ["--max-time", f"{max_time_s:g}s"]
-    words = ["--resume"] if (run / "config.json").is_file() else settings
-    _call([sys.executable, "-m", "coatnet", "train", "fashion-mnist", "--out", str(run), *words], threads)
+    settings += ["--out", str(run), "--resume"]
+    settings += OUR_RECIPE + ([] if max_time_s is None else ["--max-time", f"{max_time_s:g}s"])
+    _call([sys.executable, "-m", "coatnet", "train", "fashion-mnist", *settings], threads)
     record = json.loads((run / "record.json").read_text())
     return {key: record["figures"][key] for key in ("top1_percent", "images_per_s", "epochs")}
 

@@ -12,11 +12,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from coatnet.fast.compiling import compile_for_sizes, many_forms
 from coatnet.fast.flex_attention import use_flex_attention
 from coatnet.model.network import CoAtNet
 
 KEPT_GRAPHS = 8  # each holds the maps of its batch in memory
-MOST_FORMS = 256  # beyond torch's own limit of 8 a network would run uncompiled, without a word
 CHUNK_PIXELS = 128 * 224 * 224  # computed at once: enough to fill a card
 MODE = "max-autotune-no-cudagraphs"  # torch's own graphs serve only the thread that made them
 
@@ -26,7 +26,7 @@ class Graphed:
 
     def __init__(self, folded: CoAtNet, dtype: torch.dtype) -> None:
         weights = folded.to(dtype=dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        network: nn.Module = torch.compile(use_flex_attention(weights), mode=MODE, dynamic=False)  # pyright: ignore[reportAssignmentType]
+        network: nn.Module = compile_for_sizes(use_flex_attention(weights), MODE)
         self.graph = lru_cache(KEPT_GRAPHS)(
             lambda *shape: _Graph(network, shape, dtype, folded.classifier.weight.device)
         )
@@ -57,7 +57,7 @@ class _Graph:
         images = torch.zeros(shape, dtype=dtype, device=device)
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch._dynamo.config.patch(recompile_limit=MOST_FORMS):  # pyright: ignore[reportPrivateUsage]
+        with torch.cuda.device(device), many_forms():
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -67,9 +67,14 @@ class _Graph:
             # Other threads may use the card meanwhile.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.logits: Tensor = network(self.images)
+        self.is_free = torch.cuda.Event()  # a caller on another stream waits until its memory has been read
 
     def __call__(self, images: Tensor) -> Tensor:
         """Classify as many images as the graph has room for, or fewer."""
+        stream = torch.cuda.current_stream(self.images.device)
+        stream.wait_event(self.is_free)
         self.images[: len(images)].copy_(images)
         self.graph.replay()
-        return self.logits[: len(images)].to(torch.float32, copy=True)
+        logits = self.logits[: len(images)].to(torch.float32, copy=True)
+        self.is_free.record(stream)
+        return logits

@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import get_args
 
 import torch
@@ -16,10 +17,12 @@ from coatnet import native
 from coatnet.config import Precision
 from coatnet.errors import ConfigError
 from coatnet.fast.calibration import Ranges, measure_ranges
+from coatnet.fast.compiling import compile_for_sizes, many_forms
 from coatnet.fast.cuda_form import Graphed
 from coatnet.fast.folding import fold
 from coatnet.fast.packing import Packing
 from coatnet.fast.plan import Plan, why_not
+from coatnet.files import private_cache
 from coatnet.model.network import CoAtNet
 
 LOG = logging.getLogger("coatnet")
@@ -44,10 +47,12 @@ class OptimizedModel(ABC):
     def __call__(self, images: Tensor) -> Tensor:
         """Classify images. Raises: ConfigError if they are not (B, C, H, W) of floats, of C channels."""
         self.folded.check_images(images)
+        weight = self.folded.classifier.weight
         if images.shape[0] == 0:
-            return images.new_zeros((0, self.folded.config.num_classes), dtype=torch.float32)
+            return weight.new_zeros((0, self.folded.config.num_classes), dtype=torch.float32)
         with torch.inference_mode():
-            return self._logits(images.to(self.folded.classifier.weight.device, torch.float32))
+            logits = self._logits(images.to(weight.device, torch.float32))
+        return logits.clone()  # a tensor like any other, which may be changed in place and learnt from
 
     @abstractmethod
     def _logits(self, images: Tensor) -> Tensor:
@@ -80,11 +85,13 @@ class _OpenVINO(OptimizedModel):
 
     engine = "openvino"
 
-    def __init__(self, folded: CoAtNet, precision: Precision, calibration: Sequence[Tensor]) -> None:
+    def __init__(
+        self, folded: CoAtNet, precision: Precision, calibration: Sequence[Tensor], cache: Path | None
+    ) -> None:
         super().__init__(folded, precision)
         from coatnet.fast.openvino_form import Compiled
 
-        self.compiled = Compiled(folded, precision, calibration)
+        self.compiled = Compiled(folded, precision, calibration, cache)
         self.turn = threading.Lock()
 
     def _logits(self, images: Tensor) -> Tensor:
@@ -100,10 +107,11 @@ class _Torch(OptimizedModel):
         self.engine = "compiled" if compiled else "plain"
         self.dtype = _dtype(precision)
         network = folded.to(dtype=self.dtype, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.network = torch.compile(network, dynamic=False) if compiled else network
+        self.network = compile_for_sizes(network) if compiled else network
 
     def _logits(self, images: Tensor) -> Tensor:
-        return self.network(images.to(self.dtype, memory_format=torch.channels_last)).float()
+        with many_forms():
+            return self.network(images.to(self.dtype, memory_format=torch.channels_last)).float()
 
 
 class _Cuda(OptimizedModel):
@@ -132,14 +140,11 @@ def optimize(
     range to hold; some hundred are enough. Where a slower engine has to do, the logger `coatnet` says why.
     Raises: ConfigError for another kind of model, an unknown precision, int8 without calibration.
     """
-    made = _choose(model, precision, calibration, may_compile=True)
-    if made.notes:
-        LOG.warning("coatnet.optimize uses %s in %s: %s.", made.engine, made.precision, "; ".join(made.notes))
-    return made
+    return _choose(model, precision, calibration, may_compile=True)
 
 
 def optimize_at_once(model: nn.Module, *, precision: Precision = "fp32") -> OptimizedModel:
-    """Return the fastest form that is ready at once: nothing is compiled."""
+    """Return the fastest form that is ready at once: nothing is compiled. Else as `optimize`."""
     return _choose(model, precision, None, may_compile=False)
 
 
@@ -165,6 +170,8 @@ def _choose(
         notes.append(f"no kernels of our own, since {reason}")
         made = _by_libraries(folded, precision, batches, notes, may_compile=may_compile)
     made.notes = notes
+    if notes:
+        LOG.warning("coatnet computes by %s in %s: %s.", made.engine, made.precision, "; ".join(notes))
     return made
 
 
@@ -190,15 +197,24 @@ def _by_libraries(
     """Return the fastest form that others' libraries give on this processor; say in `notes` what is missing."""
     if may_compile:
         try:
-            return _OpenVINO(folded, precision, batches)
+            return _OpenVINO(folded, precision, batches, _cache("openvino", notes))
         except ImportError as error:
             notes.append(f"no OpenVINO ({error.name} is not installed: pip install 'coatnet[openvino]')")
-    if precision == "int8":
+    if precision != "fp32":
         precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # pyright: ignore
     compiler = may_compile and _has_compiler()
     if may_compile and not compiler:
         notes.append("no C++ compiler for torch.compile")
     return _Torch(folded, precision, compiled=compiler)
+
+
+def _cache(name: str, notes: list[str]) -> Path | None:
+    """Return a private folder of the user's, or None where there can be none; say so in `notes`."""
+    try:
+        return private_cache(name)
+    except OSError as error:
+        notes.append(f"what is compiled is not kept for the next process ({error})")
+        return None
 
 
 def _has_compiler() -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from coatnet.fast.batch_norm import Moments, batch_norm_of
@@ -100,6 +101,7 @@ class Inverted(torch.autograd.Function):
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         source, expanded, filtered, mean, gates, *weights = ctx.saved_tensors
         w, first, second = Weights(*weights), ctx.first, ctx.second

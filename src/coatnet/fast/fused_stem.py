@@ -7,8 +7,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from coatnet import native
 from coatnet.fast.batch_norm import Moments, batch_norm_of
 from coatnet.fast.kernels import (
     BF16,
@@ -78,6 +80,7 @@ class Stemmed(torch.autograd.Function):
         return made[-1].permute(0, 3, 1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         num_kept = len(ctx.moments) - 1
         images, *saved = ctx.saved_tensors
@@ -134,7 +137,7 @@ def _slopes(x: Tensor, slope: Tensor, moments: Moments, convolution: Convolution
 
 def _unfold(images: Tensor, stem: ConvStem) -> Tensor:
     """Return the 3x3 patches of images (B, C, H, W) that the stem starts with: (B, h, w, 9 C, made even) bf16."""
-    images = images.detach().float()
+    images = native.within_reach(images.detach().float(), 3)
     stride = cast(nn.Conv2d, stem[0]).stride[0]
     B, C, H, W = images.shape
     patches = images.new_empty(B, -(-H // stride), -(-W // stride), 9 * C + C % 2, dtype=torch.bfloat16)

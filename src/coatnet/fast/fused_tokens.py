@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from coatnet import native
 from coatnet.config import Size
@@ -32,6 +33,7 @@ class Attended(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         qkv, bias, out = ctx.saved_tensors
         slope, qkv_slope = bf16_rows(slope), torch.empty_like(qkv)
@@ -59,6 +61,7 @@ class Fed(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         source, hidden, weight1, bias1, weight2 = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
@@ -88,6 +91,7 @@ class Linear(torch.autograd.Function):
         return Weight(weight.T, bias).product(source)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         source, weight = ctx.saved_tensors
         slope = bf16_rows(slope)

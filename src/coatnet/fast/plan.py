@@ -87,7 +87,9 @@ class Plan:
 
     def run(self, images: Tensor, num_threads: int, seconds: Any = None) -> Tensor:
         """Carry the plan out. The result is overwritten by the next run."""
-        first, strides = self.ops[0], [4 * step for step in images.stride()]
+        first = self.ops[0]
+        images = native.within_reach(images, first.kernel)
+        strides = [4 * step for step in images.stride()]
         first.source = images.data_ptr()
         first.source_image, first.source_channel, first.source_line, first.source_cell = strides
         native.run(self.ops, num_threads, seconds)

@@ -12,6 +12,10 @@ from functools import cache
 from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HERE = Path(__file__).parent
 
@@ -41,7 +45,8 @@ KINDS, TYPES, ACTS, RELATIVES = (_members(enum) for enum in ("Kind", "Type", "Ac
 
 
 @cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> ctypes.CDLL | str:
+    """Return the kernels, or why there are none."""
     for suffix in EXTENSION_SUFFIXES:
         path = HERE / f"_kernels{suffix}"
         if path.is_file():
@@ -49,19 +54,19 @@ def _library() -> ctypes.CDLL | None:
 
             try:
                 library = ctypes.CDLL(str(path))
-            except OSError:
-                return None
+            except OSError as error:
+                return f"they cannot be loaded ({error})"
             library.coatnet_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
             library.coatnet_run.restype = None
             return library
-    return None
+    return "the package was installed without a C++ compiler"
 
 
 def missing(precision: str) -> str | None:
     """Return why the kernels cannot compute in this precision here, or None if they can."""
     library = _library()
-    if library is None:
-        return "the package was installed without a C++ compiler"
+    if isinstance(library, str):
+        return library
     found = library.coatnet_supports()
     needed, name = {"fp32": (1, "AVX-512"), "bf16": (2, "AVX-512 BF16"), "int8": (6, "AVX-512 BF16 and VNNI")}[
         precision
@@ -69,8 +74,19 @@ def missing(precision: str) -> str | None:
     return None if found & needed == needed else f"this processor has no {name}"
 
 
+def within_reach(images: Tensor, kernel: int) -> Tensor:
+    """Return images (B, C, H, W) float32 whose patches of `kernel` px lie within 2 GiB, as UNFOLD addresses them."""
+    _, channel, line, cell = images.stride()
+    reach = 4 * ((images.shape[1] - 1) * channel + (kernel - 1) * (line + cell))  # bytes
+    if reach < 2**31:
+        return images
+    import torch
+
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 def run(ops: ctypes.Array[Op], num_threads: int, seconds: ctypes.Array[ctypes.c_double] | None = None) -> None:
     """Carry out the operations in order; where `seconds` is given, add to it what each took."""
     library = _library()
-    assert library is not None, "ask `missing` first"
+    assert not isinstance(library, str), "ask `missing` first"
     library.coatnet_run(ctypes.addressof(ops), len(ops), num_threads, ctypes.addressof(seconds) if seconds else None)

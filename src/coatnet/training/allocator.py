@@ -13,6 +13,7 @@ import ctypes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's names for what it sets
 NEVER_TRIMMED = 2**31 - 1  # bytes free at the end of the heap before they are given back
 KEPT_BELOW, KEPT_BELOW_WHEN_SPARING = 2**30, 2**22  # bytes of a single block
+KEPT_BELOW_WHERE_OLD = 2**25  # the most that an older glibc takes
 
 
 def keep_freed_memory(*, sparing: bool = False) -> bool:
@@ -25,4 +26,5 @@ def keep_freed_memory(*, sparing: bool = False) -> bool:
     except (OSError, AttributeError, TypeError):  # another C library; no such thing as None on Windows
         return False
     below = KEPT_BELOW_WHEN_SPARING if sparing else KEPT_BELOW
-    return bool(mallopt(M_MMAP_THRESHOLD, below)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER_TRIMMED))
+    keeps = mallopt(M_MMAP_THRESHOLD, below) or mallopt(M_MMAP_THRESHOLD, KEPT_BELOW_WHERE_OLD)
+    return bool(mallopt(M_TRIM_THRESHOLD, NEVER_TRIMMED)) and bool(keeps)
