@@ -88,7 +88,7 @@ def _speed_line(
     return _line(
         name, batch or "-", _rate(row, ours), f"{best}: {_rate(row, best)}",
         f"**{ratio['median']:.2f}** ({ratio['low']:.2f} to {ratio['high']:.2f})", f"{goal[0]:.2f}",
-        "-" if share is None else f"{share:.0f}", wanted, f"`results/{record['file']}`",
+        "-" if share is None else f"{share:.1f}", wanted, f"`results/{record['file']}`",
     )  # fmt: skip
 
 
@@ -225,13 +225,13 @@ def limits_section(records: list[Record]) -> str:
     for record in records:
         for row in _rows(record):
             if "roofline_ms" in row:
-                parts, factor = row["roofline_ms"], 3 if row["work"].startswith("training") else 1
+                parts = row["roofline_ms"]
                 met = 1e3 / next(iter(row["images_per_s"].values()))
                 lines.append(
                     _line(
-                        row["work"], row["batch"], f"{met:.1f}", f"{factor * parts['products']:.1f}",
+                        row["work"], row["batch"], f"{met:.1f}", f"{parts['products']:.1f}",
                         row["rates"]["products_by"],
-                        *(f"{factor * parts[name]:.1f}" for name in ("gelu", "softmax", "depthwise", "copy")),
+                        *(f"{parts[name]:.1f}" for name in ("gelu", "softmax", "depthwise", "copy")),
                     )
                 )  # fmt: skip
     if len(lines) == 2:
@@ -241,4 +241,18 @@ def limits_section(records: list[Record]) -> str:
         "other; our kernels do most of it inside the products, so the sum can exceed what was met. A backward pass\n"
         "counts twice."
     )
-    return "### Limits\n\n" + text + "\n\n" + "\n".join(lines) + "\n"
+    return "### Limits\n\n" + text + "\n\n" + "\n".join(lines) + "\n" + _profiles(records)
+
+
+def _profiles(records: list[Record]) -> str:
+    """Return where the time of our kernels goes, a column for each kind of operation."""
+    rows = [row for record in records for row in _rows(record) if row.get("profile_ms")]
+    if not rows:
+        return ""
+    kinds = sorted({kind for row in rows for kind in row["profile_ms"]}, key=lambda k: -rows[0]["profile_ms"].get(k, 0))
+    lines = [_line("work", "batch", *(kind.lower() for kind in kinds)), _line(*["---"] * (2 + len(kinds)))]
+    lines += [
+        _line(row["work"], row["batch"], *(f"{row['profile_ms'].get(kind, 0):.2f}" for kind in kinds)) for row in rows
+    ]
+    text = "Where the time of our kernels goes, in ms an image; GELU and the sums of shortcuts are inside the products."
+    return f"\n{text}\n\n" + "\n".join(lines) + "\n"

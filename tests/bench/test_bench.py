@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from coatnet import native
 from coatnet.bench.agreement import bench_agreement
 from coatnet.bench.data import SIZES, bench_data, draw_folder, draw_picture
 from coatnet.bench.growth import Point, draw_growth, steepest
 from coatnet.bench.infer import bench_infer, lively
-from coatnet.bench.machine import measure_rates, roofline, work_of
+from coatnet.bench.machine import fastest_product, measure_rates, roofline, work_of
 from coatnet.bench.memory import peak_mib
 from coatnet.bench.peers import DifferentWorkError, check_same_answers, check_same_work, timm_twin
 from coatnet.bench.small import RATE_ROUNDS, batches
@@ -59,7 +60,7 @@ def test_contenders_alternate_and_the_ratio_is_by_round():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_rates_and_roofline(precision: str):
-    rates = measure_rates(precision, CPU)
+    rates = measure_rates(fastest_product(precision, CPU), precision, CPU)
     assert rates.products_gmacs_per_s > 1, f"{rates.products_gmacs_per_s} G multiply-adds a second"
     parts = roofline(SMALL, rates, precision)
     assert set(parts) == {"products", "gelu", "softmax", "depthwise", "copy"}
@@ -111,6 +112,12 @@ def test_infer_measures_ours_alone_and_writes_a_record(tmp_path: Path, capsys: p
         assert row["ratio"] is None
         assert row["images_per_s"]["coatnet"] == pytest.approx(batch / row["timings"]["coatnet"]["median_s"])
         assert row["limit_images_per_s"] > 0
+        (share,) = row["percent_of_limit"].values()
+        assert 0 < share < 120, "of what products alone allow in the same rounds"
+        assert len(row["percent_of_limit_by_round"]["coatnet"]) == len(row["timings"]["coatnet"]["rounds_s"])
+        if native.missing("fp32") is None:
+            met_ms = 1e3 / row["images_per_s"]["coatnet"]
+            assert 0.3 * met_ms < sum(row["profile_ms"].values()) < 3 * met_ms, row["profile_ms"]
 
 
 @pytest.mark.slow

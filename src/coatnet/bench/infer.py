@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coatnet.bench.machine import Rates, measure_rates, median_rates, roofline, work_of
+from coatnet.bench.machine import Product, Rates, fastest_product, measure_rates, median_rates, roofline, work_of
 from coatnet.bench.memory import peak_mib
 from coatnet.bench.peers import Forward, Library, check_same_answers, check_same_work, contenders, timm_twin
-from coatnet.bench.turns import ratio, take_turns
+from coatnet.bench.turns import Timing, ratio, take_turns
 from coatnet.bench.weights import scramble
 from coatnet.config import ModelConfig, Precision
 from coatnet.errors import ConfigError
@@ -23,7 +24,8 @@ from coatnet.model.network import CoAtNet
 
 ROUNDS, TURN_S = 5, 1.0
 NUM_CALIBRATION = 32
-OURS = "coatnet"
+OURS, PRODUCT = "coatnet", "product"  # the latter is the machine's limit
+PROFILED = 5  # passes
 
 
 def bench_infer(
@@ -102,12 +104,14 @@ def _measure(
             errors[name] = check_same_answers(forms[name](images), want, precision, name)
 
         memory[name] = peak_mib(make_and_call, device)
-    rates = [measure_rates(precision, device)]
-    calls = {name: synchronised(partial(form, images), device) for name, form in forms.items()}
+    product = fastest_product(precision, device)
+    rates = [measure_rates(product, precision, device)]
+    calls = {name: partial(form, images) for name, form in forms.items()} | {PRODUCT: product.call}
     start = time.perf_counter()
-    timings = take_turns(calls, rounds=rounds, turn_s=TURN_S)
-    rates.append(measure_rates(precision, device))
-    limit = median_rates(rates)
+    timings = take_turns({n: synchronised(call, device) for n, call in calls.items()}, rounds=rounds, turn_s=TURN_S)
+    rates.append(measure_rates(product, precision, device))
+    shares = limits(model.config, precision, product, median_rates(rates), timings, batch)
+    del timings[PRODUCT]
     images_per_s = {name: batch / timing.median_s for name, timing in timings.items()}
     others = {name: value for name, value in images_per_s.items() if name != OURS}
     best = max(others, key=lambda name: others[name]) if others else None
@@ -118,7 +122,7 @@ def _measure(
         "images_per_s": images_per_s, "timings": {name: timing.to_dict() for name, timing in timings.items()},
         "peak_memory_mib": memory, "errors": errors, "best_peer": best,
         "ratio": asdict(ratio(timings[OURS], timings[best])) if best else None,
-        "seconds": time.perf_counter() - start, **limits(model.config, limit, precision, images_per_s),
+        "profile_ms": _profile_ms(forms[OURS], images), "seconds": time.perf_counter() - start, **shares,
     }  # fmt: skip
 
 
@@ -132,12 +136,35 @@ def synchronised(call: Callable[[], object], device: torch.device) -> Callable[[
     return call_and_wait if device.type == "cuda" else call
 
 
-def limits(config: ModelConfig, rates: Rates, precision: str, images_per_s: dict[str, float]) -> dict[str, Any]:
-    """Return the machine's rates, its limit by products alone, and each contender's share of it."""
-    gmacs = work_of(config).gmacs + work_of(config).depthwise_gmacs
-    limit = rates.products_gmacs_per_s / gmacs
+def limits(
+    config: ModelConfig, precision: str, product: Product, rates: Rates, timings: dict[str, Timing], batch: int,
+    passes: int = 1,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the machine's rates, its limit by products alone, and each contender's share of it, by round.
+
+    `timings` are of batches, each `passes` times the work of inference, and of the product in turns with them.
+    """
+    gmacs = passes * (work_of(config).gmacs + work_of(config).depthwise_gmacs)
+    turns = timings[PRODUCT]
+    rates = replace(rates, products_gmacs_per_s=product.gmacs / turns.median_s)
+    shares = {
+        name: [
+            100 * (batch * gmacs / mine_s) / (product.gmacs / limit_s)
+            for mine_s, limit_s in zip(timing.rounds_s, turns.rounds_s, strict=True)
+        ]
+        for name, timing in timings.items()
+        if name != PRODUCT
+    }
     return {
-        "rates": asdict(rates), "limit_images_per_s": limit,
-        "percent_of_limit": {name: 100 * value / limit for name, value in images_per_s.items()},
-        "roofline_ms": roofline(config, rates, precision),
+        "rates": asdict(rates), "limit_images_per_s": rates.products_gmacs_per_s / gmacs,
+        "percent_of_limit": {name: statistics.median(found) for name, found in shares.items()},
+        "percent_of_limit_by_round": shares,
+        "roofline_ms": {kind: passes * ms for kind, ms in roofline(config, rates, precision).items()},
     }  # fmt: skip
+
+
+def _profile_ms(form: Forward, images: Tensor) -> dict[str, float]:
+    """Return the ms an image that each kind of operation takes, where our own kernels compute."""
+    assert isinstance(form, OptimizedModel)
+    found = [form.profile(images) for _ in range(PROFILED)]
+    return {kind: 1e3 / len(images) * statistics.median(each[kind] for each in found) for kind in found[0]}

@@ -39,20 +39,36 @@ class Rates:
     copy_gb_per_s: float  # read and written
 
 
-def measure_rates(precision: str, device: torch.device) -> Rates:
-    """Measure for so many threads as torch has."""
-    products = {"torch.mm": _mm_rate(precision, device), "1x1 convolution": _conv_rate(precision, device)}
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """One large product of matrices, and who computes it."""
+
+    by: str
+    gmacs: float
+    call: Callable[[], object]
+    operands: tuple[Tensor, ...] = ()  # held for a call that knows their addresses alone
+
+
+def fastest_product(precision: str, device: torch.device) -> Product:
+    """Return the fastest of the ways that this machine has, for so many threads as torch has."""
+    ways = [_mm(precision, device)]
+    if precision != "int8":
+        ways.append(_convolution(precision, device))
     if device.type == "cpu" and native.missing(precision) is None:
-        products["our kernel"] = _kernel_rate(precision)
-    best = max(products, key=lambda name: products[name])
+        ways.append(_kernel(precision))
+    return min(ways, key=lambda product: _best_s(product.call, device) / product.gmacs)
+
+
+def measure_rates(product: Product, precision: str, device: torch.device) -> Rates:
+    """Measure for so many threads as torch has."""
     images = IMAGES.get(device.type, IMAGES["cpu"])
     x = torch.randn(images, 56, 56, 384, device=device, dtype=DTYPES[precision])
     y, logits = torch.empty_like(x), torch.randn(images * 6 * 196, 196, device=device, dtype=DTYPES[precision])
     weight = torch.randn(384, 1, 3, 3, device=device, dtype=x.dtype)
     maps = x.permute(0, 3, 1, 2)
     return Rates(
-        products_gmacs_per_s=products[best],
-        products_by=best,
+        products_gmacs_per_s=product.gmacs / _best_s(product.call, device),
+        products_by=product.by,
         gelu_g_per_s=x.numel()
         / 1e9
         / min(_best_s(lambda: F.gelu(x), device), _best_s(lambda: F.gelu(x, approximate="tanh"), device)),
@@ -93,29 +109,27 @@ def _side(device: torch.device) -> int:
     return SIDES.get(device.type, SIDES["cpu"])
 
 
-def _mm_rate(precision: str, device: torch.device) -> float:
+def _mm(precision: str, device: torch.device) -> Product:
     side = _side(device)
     if precision == "int8":
         a = torch.randint(-128, 127, (side, side), dtype=torch.int8, device=device)
-        product: Callable[[], Tensor] = lambda: torch._int_mm(a, a)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]  # noqa: E731
+        call: Callable[[], Tensor] = lambda: torch._int_mm(a, a)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]  # noqa: E731
     else:
         a = torch.randn(side, side, dtype=DTYPES[precision], device=device)
-        product = lambda: a @ a  # noqa: E731
-    return side**3 / 1e9 / _best_s(product, device)
+        call = lambda: a @ a  # noqa: E731
+    return Product(by="torch.mm", gmacs=side**3 / 1e9, call=call)
 
 
-def _conv_rate(precision: str, device: torch.device) -> float:
-    if precision == "int8":
-        return 0.0
+def _convolution(precision: str, device: torch.device) -> Product:
     side = _side(device)
     x = torch.randn(1, side, side // 32, 32, dtype=DTYPES[precision], device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     weight = torch.randn(side, side, 1, 1, dtype=x.dtype, device=device).to(memory_format=torch.channels_last)
-    return side**3 / 1e9 / _best_s(lambda: F.conv2d(x, weight), device)
+    return Product(by="1x1 convolution", gmacs=side**3 / 1e9, call=lambda: F.conv2d(x, weight))
 
 
-def _kernel_rate(precision: str) -> float:
-    """Time one product of our own: fp32 and bf16 into themselves, 8 bits into bf16."""
+def _kernel(precision: str) -> Product:
+    """A product of our own: fp32 and bf16 into themselves, 8 bits into bf16."""
     type_, out_type, size = {"fp32": ("FP32", "FP32", 4), "bf16": ("BF16", "BF16", 2), "int8": ("UINT8", "BF16", 1)}[
         precision
     ]
@@ -129,8 +143,12 @@ def _kernel_rate(precision: str) -> float:
         "out": out.data_ptr(), "bias": zeros.data_ptr(), "scale": zeros.data_ptr(),
     }  # fmt: skip
     ops = (native.Op * 1)(native.Op(**fields))
-    run: Callable[[], object] = lambda: native.run(ops, torch.get_num_threads())  # noqa: E731
-    return ROWS * side**2 / 1e9 / _best_s(run, torch.device("cpu"))
+    return Product(
+        by="our kernel",
+        gmacs=ROWS * side**2 / 1e9,
+        call=lambda: native.run(ops, torch.get_num_threads()),
+        operands=(a, w, out, zeros),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +205,8 @@ def median_rates(found: list[Rates]) -> Rates:
     def middle(name: str) -> Any:
         return statistics.median(getattr(rates, name) for rates in found)
 
-    best = max(found, key=lambda rates: rates.products_gmacs_per_s)
     return Rates(
-        products_gmacs_per_s=middle("products_gmacs_per_s"), products_by=best.products_by,
+        products_gmacs_per_s=middle("products_gmacs_per_s"), products_by=found[0].products_by,
         gelu_g_per_s=middle("gelu_g_per_s"), softmax_g_per_s=middle("softmax_g_per_s"),
         depthwise_gmacs_per_s=middle("depthwise_gmacs_per_s"), copy_gb_per_s=middle("copy_gb_per_s"),
     )  # fmt: skip

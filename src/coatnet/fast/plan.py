@@ -9,9 +9,9 @@ attention is global and its MBConv blocks are normed by BatchNorm; `why_not` say
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,16 @@ class Plan:
         self._trace(height, width)
         self.ops = (native.Op * len(self.rows))(*(native.Op(**row) for row in self.rows))
 
-    def run(self, images: Tensor, num_threads: int, seconds: Any = None) -> Tensor:
+    def profile(self, images: Tensor, num_threads: int) -> dict[str, float]:
+        """Carry the plan out; return the seconds that each kind of row took."""
+        seconds, found = (ctypes.c_double * len(self.ops))(), dict[str, float]()
+        self.run(images, num_threads, seconds)
+        kinds = {number: kind for kind, number in native.KINDS.items()}
+        for op, took_s in zip(self.ops, seconds, strict=True):
+            found[kinds[op.kind]] = found.get(kinds[op.kind], 0) + took_s
+        return found
+
+    def run(self, images: Tensor, num_threads: int, seconds: ctypes.Array[ctypes.c_double] | None = None) -> Tensor:
         """Carry the plan out. The result is overwritten by the next run."""
         first = self.ops[0]
         images = native.within_reach(images, first.kernel)
