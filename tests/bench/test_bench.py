@@ -206,6 +206,8 @@ def test_agreement_of_a_saved_model(tmp_path: Path):
         ("infer --dtype fp8", "There is no 'fp8' to choose"),
         ("infer --against tim", "Did you mean 'timm'"),
         ("infer --model coatnet_9", "There is no model 'coatnet_9'"),
+        ("infer --threads -1 --image-size 32 --against none", "threads are -1"),
+        ("train --against openvino", "openvino cannot train this network"),
         ("infer --model coatnet_nano --against timm", "timm has no coatnet_nano"),
     ],
 )

@@ -13,12 +13,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from coatnet.errors import ConfigError
 from coatnet.files import write_json
 from coatnet.record import make_record
 
 
 def measure(kind: str, run: Callable[[], list[dict[str, Any]]], *, threads: int, out: Path | None, quiet: bool) -> Any:
-    """Run a measurement with so many threads, show its rows, and return its record, written to `out` where given."""
+    """Run a measurement with so many threads, show its rows, and return its record, written to `out` where given.
+
+    Raises: ConfigError for less than no thread, and what the measurement raises.
+    """
     start = time.perf_counter()
     with _threads(threads):
         rows = run()
@@ -39,6 +43,8 @@ def measure(kind: str, run: Callable[[], list[dict[str, Any]]], *, threads: int,
 
 @contextmanager
 def _threads(count: int) -> Generator[None]:
+    if count < 0:
+        raise ConfigError(f"threads are {count}. Give 1 or more, or 0 for as many as torch takes.")
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -25,7 +25,7 @@ from coatnet.bench.memory import peak_mib
 from coatnet.bench.peers import TOLERANCE, DifferentWorkError, Library, check_same_work, share_of, timm_twin
 from coatnet.bench.turns import ratio, take_turns
 from coatnet.config import ModelConfig
-from coatnet.errors import CoatnetError
+from coatnet.errors import CoatnetError, ConfigError
 from coatnet.fast.training import CUDA_OPTIONS, for_training
 from coatnet.training.allocator import keep_freed_memory
 
@@ -96,6 +96,8 @@ def bench_train(
     rounds: int = ROUNDS,
 ) -> dict[str, Any]:
     """Measure updates of one batch size; return a row of figures. Raises: as `bench_infer`."""
+    if unable := [name for name in libraries if name != "timm"]:
+        raise ConfigError(f"{', '.join(unable)} cannot train this network. Give --against timm, or none.")
     keep_freed_memory()  # it serves all of them
     names = ["coatnet", *(["timm eager", "timm compiled"] if "timm" in libraries else [])]
     models = {name: _form(name, config, device) for name in names}
