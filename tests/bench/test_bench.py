@@ -16,7 +16,7 @@ from torch import nn
 
 from coatnet import native
 from coatnet.bench.agreement import bench_agreement
-from coatnet.bench.data import SIZES, bench_data, draw_folder, draw_picture
+from coatnet.bench.data import SIZES, bench_commands, bench_data, check_near, draw_folder, draw_picture
 from coatnet.bench.growth import Point, draw_growth, steepest
 from coatnet.bench.infer import bench_infer, lively
 from coatnet.bench.machine import fastest_product, measure_rates, roofline, work_of
@@ -197,6 +197,25 @@ def test_agreement_of_a_saved_model(tmp_path: Path):
     assert row["agreement_percent"] >= 75, f"{row['agreement_percent']:.1f} % of random weights' answers agree"
     with pytest.raises(DataError, match="has no test part"):
         bench_agreement(tmp_path / "model", str(tmp_path / "pictures" / "train"), ["bf16"])
+
+
+@pytest.mark.slow
+def test_whole_commands_are_timed_and_their_answers_compared():
+    pytest.importorskip("timm")
+    pytest.importorskip("openvino")
+    first, evaluation = bench_commands(ZOO["coatnet_0"].config, num_images=32, rounds=1)
+    assert set(first["images_per_s"]) == {"coatnet predict", "timm eager"}
+    assert evaluation["work"] == "evaluation of 32 JPEGs, bf16"
+    assert len(evaluation["timings"]["coatnet eval"]["rounds_s"]) == 2, evaluation
+    for row in (first, evaluation):
+        assert row["ratio"]["low"] > 0.3, row
+
+
+def test_commands_with_other_answers_have_no_ratio():
+    check_near([0.5, 0.5], [0.51, 0.49], "probabilities")
+    for wrong in ([0.6, 0.4], [float("nan"), 0.5]):
+        with pytest.raises(DifferentWorkError, match=r"The probabilities are \[0.5, 0.5\], timm's"):
+            check_near([0.5, 0.5], wrong, "probabilities")
 
 
 @pytest.mark.parametrize(

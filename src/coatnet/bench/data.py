@@ -6,6 +6,7 @@ The pictures are drawn here: smooth colours at several scales with a little nois
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 
 from coatnet.bench.infer import lively
-from coatnet.bench.peers import import_peer
+from coatnet.bench.peers import DifferentWorkError, import_peer
 from coatnet.bench.turns import Timing, ratio, take_turns
 from coatnet.classifier import Classifier
 from coatnet.config import AugmentConfig, ModelConfig, PreprocessingConfig
@@ -29,11 +30,14 @@ from coatnet.data.image_sets import FolderImages
 from coatnet.data.sources import open_data
 from coatnet.data.transforms import Augmentation, Preprocessing
 from coatnet.errors import CoatnetError
+from coatnet.model.layers import BATCH_NORM_EPS, LAYER_NORM_EPS
 
 SIZES = ((375, 500), (1200, 1600))  # px, height and width
 NUM_FILES = 16
 PX = 224
-ROUNDS, COMMAND_ROUNDS, EVALUATION_ROUNDS = 9, 5, 1
+ROUNDS, COMMAND_ROUNDS, EVALUATION_ROUNDS = 9, 5, 2
+EVALUATION_BATCH = 16
+MOST_APART = 0.02  # of a probability, or of the pictures that are right: decoders and resizing differ by a little
 
 
 def draw_picture(height: int, width: int, seed: int) -> Image.Image:
@@ -115,16 +119,19 @@ def _imagefolder(folder: Path) -> Callable[[], object]:
 
 
 TIMM_PREDICT = """
-import sys, torch, timm
+import json, sys, torch, timm
 from PIL import Image
 from timm.data import create_transform
 torch.set_num_threads(int(sys.argv[4]))
 model = timm.create_model(sys.argv[1] + '_224', num_classes=2, conv_stride_mode='1x1', conv_pool_type='max2',
                           transformer_pool_type='max2', stem_bias=True).eval()
+for module in model.modules():
+    if hasattr(module, 'eps'):
+        module.eps = float(sys.argv[5 if isinstance(module, torch.nn.BatchNorm2d) else 6])
 model.load_state_dict(torch.load(sys.argv[2], weights_only=True))
 look = create_transform(224, crop_pct=0.875)
 with torch.inference_mode():
-    print(model(look(Image.open(sys.argv[3]).convert('RGB'))[None]).softmax(1))
+    print(json.dumps(model(look(Image.open(sys.argv[3]).convert('RGB'))[None]).softmax(1)[0].tolist()))
 """
 TIMM_EVAL = """
 import sys, time, torch, timm, openvino, numpy
@@ -138,8 +145,8 @@ loader = create_loader(data, 224, 16, use_prefetcher=False, num_workers=int(sys.
                        interpolation='bicubic', persistent_workers=False)
 right = 0
 for images, targets in loader:
-    right += int((request.infer([images.numpy()])[0].argmax(1) == targets.numpy()).sum())
-print(right, len(data))
+    right += int((request.infer([images.numpy()], share_inputs=True)[0].argmax(1) == targets.numpy()).sum())
+print(right)
 """
 
 
@@ -154,7 +161,7 @@ def bench_commands(config: ModelConfig, *, num_images: int, rounds: int = COMMAN
         pictures = draw_folder(folder / "pictures", *SIZES[0], num_images)
         return [
             _first_prediction(config, folder, next(pictures.rglob("*.jpg")), rounds),
-            _evaluation(folder, pictures, num_images, EVALUATION_ROUNDS),
+            _evaluation(folder, pictures, num_images),
         ]
 
 
@@ -164,17 +171,17 @@ def _first_prediction(config: ModelConfig, folder: Path, picture: Path, rounds: 
 
     twin = timm_twin(load(folder / "model").network)
     torch.save(twin.state_dict(), folder / "timm.pt")
-    threads = str(torch.get_num_threads())
-    ours = [sys.executable, "-m", "coatnet", "predict", str(folder / "model"), str(picture)]
-    theirs = [sys.executable, "-c", TIMM_PREDICT, config.name, str(folder / "timm.pt"), str(picture), threads]
+    settings = (torch.get_num_threads(), BATCH_NORM_EPS, LAYER_NORM_EPS)
+    ours = _Command("-m", "coatnet", "predict", folder / "model", picture, "--format", "jsonl")
+    theirs = _Command("-c", TIMM_PREDICT, config.name, folder / "timm.pt", picture, *settings)
     start = time.perf_counter()
-    timings = take_turns(
-        {"coatnet predict": _command(ours), "timm eager": _command(theirs)}, rounds=rounds, turn_s=0, warm_up=False
-    )
+    timings = take_turns({"coatnet predict": ours, "timm eager": theirs}, rounds=rounds, turn_s=0, warm_up=False)
+    found = {answer["label"]: answer["probability"] for answer in json.loads(ours.said)["best"]}
+    check_near([found[label] for label in sorted(found)], json.loads(theirs.said), "probabilities")
     return _row("first prediction, cold shell", timings, 1, start)
 
 
-def _evaluation(folder: Path, pictures: Path, num_images: int, rounds: int) -> dict[str, Any]:
+def _evaluation(folder: Path, pictures: Path, num_images: int) -> dict[str, Any]:
     """Compare in bf16, timm's loader feeding timm's network in OpenVINO: its best path by `bench infer`."""
     import_peer("openvino")
     import openvino  # pyright: ignore[reportMissingImports]
@@ -184,28 +191,41 @@ def _evaluation(folder: Path, pictures: Path, num_images: int, rounds: int) -> d
     from coatnet.fast.openvino_form import convert
 
     model = convert(timm_twin(load(folder / "model").network), (3, PX, PX))
-    model.reshape([-1, 3, PX, PX])
+    model.reshape([-1 if num_images % EVALUATION_BATCH else EVALUATION_BATCH, 3, PX, PX])  # fixed it is faster
     openvino.save_model(model, folder / "timm.xml", compress_to_fp16=False)
-    threads = str(torch.get_num_threads())
-    words = ["eval", str(folder / "model"), str(pictures), "--precision", "bf16", "--json"]
-    ours = [sys.executable, "-m", "coatnet", *words]
-    calls = {"coatnet eval": _command(ours)}
-    for workers in ("0", "1"):  # the better of the two is timm's figure
-        theirs = [sys.executable, "-c", TIMM_EVAL, str(folder / "timm.xml"), str(pictures), threads, workers]
-        calls[f"timm, {workers} workers"] = _command(theirs)
-    start = time.perf_counter()
-    timings = take_turns(calls, rounds=rounds, turn_s=0, warm_up=False)
-    best = min(list(timings)[1:], key=lambda name: timings[name].median_s)
-    chosen = {"coatnet eval": timings["coatnet eval"], best: timings[best]}
-    return _row(f"evaluation of {num_images} JPEGs, bf16", chosen, num_images, start)
+    few = draw_folder(folder / "few", *SIZES[0], EVALUATION_BATCH * 10)
+
+    def timm(images: Path, workers: int) -> _Command:
+        return _Command("-c", TIMM_EVAL, folder / "timm.xml", images, torch.get_num_threads(), workers)
+
+    tries = take_turns({str(n): timm(few, n) for n in (0, 1)}, rounds=1, turn_s=0)
+    workers = int(min(tries, key=lambda name: tries[name].median_s))
+    ours = _Command("-m", "coatnet", "eval", folder / "model", pictures, "--precision", "bf16", "--json")
+    theirs = timm(pictures, workers)
+    start, calls = time.perf_counter(), {"coatnet eval": ours, f"timm, {workers} workers": theirs}
+    timings = take_turns(calls, rounds=EVALUATION_ROUNDS, turn_s=0, warm_up=False)
+    share = json.loads(ours.said)["top1_percent"] / 100
+    check_near([share], [json.loads(theirs.said) / num_images], "shares of right answers")
+    return _row(f"evaluation of {num_images} JPEGs, bf16", timings, num_images, start)
 
 
-def _command(words: list[str]) -> Callable[[], object]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+class _Command:
+    """A program of Python's in a process of its own, with as many threads as this one; `said` is what it printed."""
 
-    def call() -> None:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    def __init__(self, *words: object) -> None:
+        self.words = [sys.executable, *map(str, words)]
+        self.said = ""
+
+    def __call__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run(self.words, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
-            raise CoatnetError(f"{' '.join(words[:4])} failed: {(done.stderr.strip() or 'silently').splitlines()[-1]}")
+            last = (done.stderr.strip() or "silently").splitlines()[-1]
+            raise CoatnetError(f"{' '.join(self.words[:4])} failed: {last}")
+        self.said = done.stdout
 
-    return call
+
+def check_near(ours: list[float], theirs: list[float], what: str) -> None:
+    """Raise DifferentWorkError where two commands' answers are not the same but for decoding."""
+    if not np.allclose(ours, theirs, rtol=0, atol=MOST_APART):
+        raise DifferentWorkError(f"The {what} are {ours}, timm's {theirs}: no ratio is printed.")
