@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -332,3 +334,30 @@ def test_a_network_in_training_answers_as_in_evaluation_and_stays_in_training(ba
 
 def test_the_card_is_plain_json(saved: Path):
     assert json.loads((saved / "model.json").read_text())["model"]["image_size"] == [32, 32]
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 17, 40])
+def test_pictures_in_any_number_are_answered_each_for_itself(classifier: Classifier, count: int):
+    """More than a processor takes at once go through the network in parts."""
+    pictures = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+    found = classifier.logits(pictures)
+    assert found.shape == (count, 3)
+    for picture, logits in zip(pictures, found, strict=True):
+        torch.testing.assert_close(logits, classifier.logits(picture[None])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_memory_for_many_pictures_is_that_for_a_few(saved: Path):
+    """2,000 pictures of 160 px in one batch: at once they would take 1.9 GiB."""
+    code = f"""
+import resource, torch
+from coatnet.classifier import load
+torch.set_num_threads(1)
+classifier = load({str(saved)!r})
+pictures = torch.zeros(2000, 3, 160, 160, dtype=torch.uint8)
+classifier.logits(pictures[:40])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+classifier.logits(pictures)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(said) < 250 * 1024, f"{int(said) / 1024:.0f} MiB more for 2,000 pictures than for 40"

@@ -34,6 +34,7 @@ from coatnet.weights import Tensors, check_size, in_words, misfits, read_safeten
 
 FORMAT = 1  # of model.json; a reader takes this one and older ones
 WEIGHTS, CARD = "model.safetensors", "model.json"
+CPU_BATCH = 16  # images through the network at once: more make no processor faster, and cost memory, which costs time
 
 Loss = Literal["softmax", "sigmoid"]
 Picture: TypeAlias = str | Path | Image.Image | Pixels
@@ -101,6 +102,10 @@ class Classifier:
 
     def logits(self, images: Tensor) -> Tensor:
         """Map preprocessed images (B, C, h, w) uint8 -> (B, K) float32, on the classifier's device."""
+        size = CPU_BATCH if self.device.type == "cpu" else max(1, len(images))
+        return torch.cat([self._logits(part) for part in images.split(size)])
+
+    def _logits(self, images: Tensor) -> Tensor:
         if self.fast is not None:
             return self.fast(self.preprocessing.normalise(images.to(self.device, non_blocking=True)))
         with _evaluating(self.network), torch.inference_mode():

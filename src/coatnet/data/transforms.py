@@ -43,7 +43,7 @@ class Preprocessing:
         """Shift and scale by mean and std: (B, C, h, w) uint8 -> the same shape in float32, on the same device."""
         mean = torch.tensor(self.config.mean, device=images.device).view(-1, 1, 1) * 255
         std = torch.tensor(self.config.std, device=images.device).view(-1, 1, 1) * 255
-        return (images.float() - mean) / std
+        return images.float().sub_(mean).div_(std)
 
 
 class Augmentation:
