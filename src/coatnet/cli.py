@@ -221,7 +221,7 @@ def evaluate(
     data: str,
     *,
     part: Literal["train", "val", "test"] | None = None,
-    batch_size: int = 256,
+    batch_size: int = 64,
     device: Device = "auto",
     workers: int = 0,
     precision: FloatPrecisionFlag = "fp32",

@@ -36,7 +36,7 @@ class Preprocessing:
         """Fit one picture: (H, W, 3) uint8 -> (C, h, w) uint8."""
         size, channels = self.config.image_size, len(self.config.mean)
         if self.config.fit == "resize":
-            return _resize(_to_tensor(image, channels), size)
+            return _resize(_to_tensor(image, channels), size).contiguous()
         return _fit_crop(_to_tensor(_trim(image, size), channels), size, self.config.crop_ratio)
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Augmentation:
             out = self._pad_and_crop(image, rng, flip)
         else:
             out = _resize(_to_tensor(_cut(image, *seen[0]), self.channels), self.size)
-            out = out.flip(-1) if flip else out
+            out = (out.flip(-1) if flip else out).contiguous()
         if config.randaugment_ops:
             from coatnet.data.randaugment import randaugment  # brings torchvision, slow to load; predict needs none
 
@@ -156,12 +156,12 @@ def _to_tensor(image: Pixels, channels: int) -> Tensor:
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize with antialiased bicubic, the filter of the reference: (C, H, W) uint8 -> (C, h, w) uint8, contiguous."""
+    """Resize with antialiased bicubic, the filter of the reference: (C, H, W) -> (C, h, w) uint8, in any layout."""
     if image.shape[1:] != size:
         # By way of (1, H, W, C), so that a batch of one is seen to lie channels-last, which takes the fast way.
         batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
         image = F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]
-    return image.contiguous()
+    return image
 
 
 def _trim(image: Pixels, size: tuple[int, int]) -> Pixels:

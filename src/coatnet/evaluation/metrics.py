@@ -120,7 +120,7 @@ def evaluate(
     classifier: Classifier,
     image_set: ImageSet,
     *,
-    batch_size: int = 256,
+    batch_size: int = 64,
     num_workers: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
