@@ -28,8 +28,8 @@ from coatnet.model.network import CoAtNet
 
 LOG = logging.getLogger("coatnet")
 KEPT_SIZES = 4  # batches and image sizes that an engine stays ready for
-# Pixels times bytes a value computed at once, so 4 images of 224 px in 8 bits and 1 in fp32: the maps of more fall out of
-# the caches, for fewer the weights are read more often.
+# Pixels times bytes a value computed at once, so 4 images of 224 px in 8 bits and 1 in fp32: the maps of more fall out
+# of the caches, for fewer the weights are read more often.
 CHUNK_BYTES = 4 * 224 * 224
 VALUE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "int8": 1}
 
