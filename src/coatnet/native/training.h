@@ -22,7 +22,7 @@ INLINE void keep_sums(const Op& op, int64_t unit, int64_t c, __mmask16 mask, __m
     _mm512_mask_storeu_ps(next, mask, _mm512_add_ps(second, _mm512_maskz_loadu_ps(added, next)));
 }
 
-// 16 channels of one line: where they are, what BatchNorm does to them, and what is summed over the line's pixels.
+// 16 channels of one pixel: where they are, what BatchNorm does to them, and what is summed over the line's pixels.
 struct Channels {
     int64_t image, first;
     __mmask16 mask;
@@ -31,42 +31,59 @@ struct Channels {
     INLINE __m512 normed(__m512 value) const { return _mm512_fmadd_ps(value, factor, shift); }
 };
 
-// Call `pixel(channels, at)` for every pixel, `at` bytes into any of the maps, line after line; keep each line's sums.
-template <class Pixel>
+enum Sums { NO_SUMS, ONE_SUM, TWO_SUMS };  // of each line; the second is 0 where there is one
+
+constexpr int64_t SPAN = 512;  // channels whose sums and factors stay in the first cache
+
+// Call `pixel(channels, at)` for every 16 channels of every pixel, `at` bytes into any of the maps. Memory is walked in its
+// order, a span of channels at a time: crosswise, each cache line would be waited for and come twice.
+template <Sums SUMS, bool NORMED, class Pixel>
 INLINE void each_pixel(const Op& op, int64_t thread, int64_t threads, Pixel pixel) {
     const Share share(op.images * op.lines, thread, threads);
-    for (int64_t line = share.first; line < share.last; line++)
-        for (int64_t c = 0; c < op.width; c += 16) {
-            const __mmask16 mask = tail(op.width - c);
-            Channels s = {line / op.lines, c, mask};
-            if (op.factor) s.factor = by_channel(op.factor, c, mask), s.shift = by_channel(op.shift, c, mask);
-            const int64_t first = line * line_bytes(op) + 2 * c, end = first + line_bytes(op);
-            for (int64_t at = first; at < end; at += 2 * op.width) pixel(s, at);
-            keep_sums(op, line, c, mask, s.sum, s.second);
+    for (int64_t line = share.first; line < share.last; line++) {
+        const int64_t image = line / op.lines, start = line * line_bytes(op);
+        float *const sums = op.sums + 2 * line * op.width, *const seconds = sums + op.width;
+        if (SUMS) std::fill_n(sums, 2 * op.width, 0.0f);
+        auto channels = [&](int64_t c, int64_t at, __mmask16 mask) INLINE_LAMBDA {
+            Channels s = {image, c, mask};
+            if (NORMED) s.factor = by_channel(op.factor, c, mask), s.shift = by_channel(op.shift, c, mask);
+            if (SUMS) s.sum = by_channel(sums, c, mask);
+            if (SUMS == TWO_SUMS) s.second = by_channel(seconds, c, mask);
+            pixel(s, at);
+            if (SUMS) _mm512_mask_storeu_ps(sums + c, mask, s.sum);
+            if (SUMS == TWO_SUMS) _mm512_mask_storeu_ps(seconds + c, mask, s.second);
+        };
+        for (int64_t first = 0; first < op.width; first += SPAN) {
+            const int64_t last = std::min(first + SPAN, op.width), whole = last - (last - first) % 16;
+            for (int64_t x = 0, at = start; x < op.cells; x++, at += 2 * op.width) {
+                for (int64_t c = first; c < whole; c += 16) channels(c, at + 2 * c, 0xffff);
+                if (whole < last) channels(whole, at + 2 * whole, tail(last - whole));
+            }
         }
+    }
 }
 
 // MOMENTS: the sums of source and of its square.
 inline void moments(const Op& op, int64_t thread, int64_t threads) {
-    each_pixel(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
+    each_pixel<TWO_SUMS, false>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
         const __m512 h = s.read(op.source, at);
         s.sum = _mm512_add_ps(s.sum, h);
         s.second = _mm512_fmadd_ps(h, h, s.second);
     });
 }
 
-// ACTED: out = gelu(factor * source + shift), and its sums (the second ones are 0).
+// ACTED: out = gelu(factor * source + shift), and its sums.
 inline void acted(const Op& op, int64_t thread, int64_t threads) {
-    each_pixel(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
+    each_pixel<ONE_SUM, true>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
         const __m512 a = gelu<false>(s.normed(s.read(op.source, at)));
         s.sum = _mm512_add_ps(s.sum, a);
         store<BF16>(op.out + at, a, s.mask);
     });
 }
 
-// GATE_SLOPE: the sums of gradient * a, where a = gelu(factor * source + shift); the second ones are 0.
+// GATE_SLOPE: the sums of gradient * a, where a = gelu(factor * source + shift).
 inline void gate_slope(const Op& op, int64_t thread, int64_t threads) {
-    each_pixel(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
+    each_pixel<ONE_SUM, true>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
         const __m512 a = gelu<false>(s.normed(s.read(op.source, at)));
         s.sum = _mm512_fmadd_ps(s.read(op.gradient, at), a, s.sum);
     });
@@ -75,7 +92,7 @@ inline void gate_slope(const Op& op, int64_t thread, int64_t threads) {
 // ACTED_SLOPE: with z = factor * source + shift, a = gelu(z): the gradient of z, (gradient * gate + mean_slope) *
 // gelu'(z), over the gradient itself; its sums, alone and times source; and out = a * gate.
 inline void acted_slope(const Op& op, int64_t thread, int64_t threads) {
-    each_pixel(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
+    each_pixel<TWO_SUMS, true>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
         const __m512 gate = by_channel(op.gates + s.image * op.width, s.first, s.mask);
         const __m512 mean_slope = by_channel(op.mean_slopes + s.image * op.width, s.first, s.mask);
         const __m512 h = s.read(op.source, at), z = s.normed(h);
@@ -89,14 +106,37 @@ inline void acted_slope(const Op& op, int64_t thread, int64_t threads) {
     });
 }
 
-// One line of numbers by (channel, pixel) within 3 lines that slide down a map: line y is at (y mod 3).
-struct Ring {
-    int64_t width, size;
+// Three lines of numbers that slide down a map; line y is at (y mod 3). Of each, 16 channels of all pixels lie side by side,
+// between a pixel of zeros at either end: a convolution of those channels finds its whole line in the first cache.
+class Ring {
+    int64_t block, size;
     std::vector<float> values;
-    Ring(int64_t cells, int64_t width) : width(width), size((cells + 2) * width), values(3 * size + 16) {}
-    float* line(int64_t y) { return values.data() + (y + 3) % 3 * size + width; }  // a pixel of zeros on either side
-    void clear(int64_t y) { std::fill_n(line(y) - width, size, 0.0f); }
+    float* start;
+
+  public:
+    Ring(int64_t cells, int64_t width)
+        : block(16 * (cells + 2)), size((width + 15) / 16 * block), values(3 * size + 16),
+          start((float*)(((uintptr_t)values.data() + 63) / 64 * 64)) {}
+    // Channels c to c + 15 of line y, from its first pixel on.
+    float* at(int64_t y, int64_t c) const { return start + (y + 3) % 3 * size + c / 16 * block + 16; }
+    void clear(int64_t y) { std::fill_n(at(y, 0) - 16, size, 0.0f); }
+
+    // Set line y to what `value(at, c, mask)` gives, `at` bytes from the line's start in a map.
+    template <class Value>
+    INLINE void fill(const Op& op, int64_t y, Value value) {
+        float* const line = at(y, 0);
+        for (int64_t x = 0; x < op.cells; x++)
+            for (int64_t c = 0; c < op.width; c += 16)
+                _mm512_store_ps(line + c / 16 * block + 16 * x, value(2 * (x * op.width + c), c, tail(op.width - c)));
+    }
 };
+
+// Lines that a convolution reads or writes crosswise, 16 channels of all pixels after the other, are fetched in their
+// own order before.
+template <bool WRITTEN>
+INLINE void fetch_line(const char* line, int64_t num_bytes) {
+    for (int64_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(line + at, WRITTEN, 2);
+}
 
 // ACTED_DEPTHWISE: out = 3x3 depthwise convolution of gelu(factor * source + shift), and the moments of out.
 inline void acted_depthwise(const Op& op, int64_t thread, int64_t threads) {
@@ -107,14 +147,11 @@ inline void acted_depthwise(const Op& op, int64_t thread, int64_t threads) {
     auto fill = [&](int64_t image, int64_t y) {
         if (y < 0 || y >= op.lines) return ring.clear(y);
         const char* from = op.source + (image * op.lines + y) * line_bytes(op);
-        float* to = ring.line(y);
-        for (int64_t x = 0; x < op.cells; x++)
-            for (int64_t c = 0; c < op.width; c += 16) {
-                const __mmask16 mask = tail(op.width - c);
-                const __m512 z = _mm512_fmadd_ps(load<BF16>(from + 2 * (x * op.width + c), mask),
-                                                 by_channel(op.factor, c, mask), by_channel(op.shift, c, mask));
-                _mm512_mask_storeu_ps(to + x * op.width + c, mask, gelu<false>(z));
-            }
+        ring.fill(op, y, [&](int64_t at, int64_t c, __mmask16 mask) INLINE_LAMBDA {
+            const __m512 factor = by_channel(op.factor, c, mask), shift = by_channel(op.shift, c, mask);
+            _mm_prefetch(from + at + 2048, _MM_HINT_T0);
+            return gelu<false>(_mm512_fmadd_ps(load<BF16>(from + at, mask), factor, shift));
+        });
     };
     for (int64_t unit = share.first; unit < share.last; unit++) {
         const int64_t image = unit / strips, first = unit % strips * STRIP, last = std::min(first + STRIP, op.lines);
@@ -127,14 +164,14 @@ inline void acted_depthwise(const Op& op, int64_t thread, int64_t threads) {
                 const __mmask16 mask = tail(op.width - c);
                 __m512 w[3][3], sum = _mm512_setzero_ps(), squares = sum;
                 for (int k = 0; k < 9; k++) w[k / 3][k % 3] = by_channel(weights + k * op.width, c, mask);
-                const float* at[3] = {ring.line(y - 1) + c, ring.line(y) + c, ring.line(y + 1) + c};
+                const float* at[3] = {ring.at(y - 1, c), ring.at(y, c), ring.at(y + 1, c)};
                 __m512 before = _mm512_setzero_ps(), here = before;
                 char* out = op.out + line * line_bytes(op) + 2 * c;
                 for (int64_t x = 0; x <= op.cells; x++) {
                     __m512 after = _mm512_setzero_ps();
 #pragma GCC unroll 3
                     for (int k = 0; k < 3; k++) {
-                        const __m512 a = _mm512_maskz_loadu_ps(mask, at[k] + x * op.width);
+                        const __m512 a = _mm512_load_ps(at[k] + 16 * x);
                         before = _mm512_fmadd_ps(a, w[k][2], before);
                         here = _mm512_fmadd_ps(a, w[k][1], here);
                         after = _mm512_fmadd_ps(a, w[k][0], after);
@@ -170,14 +207,14 @@ inline void depthwise_slope(const Op& op, int64_t thread, int64_t threads) {
     auto fill = [&](int64_t image, int64_t y) {
         if (y < 0 || y >= op.lines) return ring.clear(y);
         const int64_t start = (image * op.lines + y) * line_bytes(op);
-        for (int64_t x = 0; x < op.cells; x++)
-            for (int64_t c = 0; c < op.width; c += 16) {
-                const __mmask16 mask = tail(op.width - c);
-                const int64_t at = 2 * (x * op.width + c);
-                const __m512 g = mixture(op, load<BF16>(op.gradient + start + at, mask),
-                                         load<BF16>(op.residual + start + at, mask), c, mask);
-                _mm512_mask_storeu_ps(ring.line(y) + x * op.width + c, mask, g);
-            }
+        ring.fill(op, y, [&](int64_t at, int64_t c, __mmask16 mask) INLINE_LAMBDA {
+            at += start;
+            _mm_prefetch(op.gradient + at + 2048, _MM_HINT_T0);
+            _mm_prefetch(op.residual + at + 2048, _MM_HINT_T0);
+            _mm_prefetch(op.source + at - line_bytes(op), _MM_HINT_T1);
+            __builtin_prefetch(op.out + at - line_bytes(op), 1, 2);
+            return mixture(op, load<BF16>(op.gradient + at, mask), load<BF16>(op.residual + at, mask), c, mask);
+        });
     };
     for (int64_t unit = share.first; unit < share.last; unit++) {
         const int64_t image = unit / strips, first = unit % strips * STRIP, last = std::min(first + STRIP, op.lines);
@@ -197,6 +234,7 @@ inline void depthwise_slope(const Op& op, int64_t thread, int64_t threads) {
                     w[k] = by_channel(weights + k * op.width, c, mask);
                     dw[k] = by_channel(weight_sums + k * op.width, c, mask);
                 }
+                const float* lines[3] = {ring.at(y + 1, c), ring.at(y, c), ring.at(y - 1, c)};
                 for (int64_t x = 0; x < op.cells; x++) {
                     const int64_t at = 2 * (x * op.width + c);
                     const __m512 h = load<BF16>(op.source + line * line_bytes(op) + at, mask);
@@ -205,8 +243,7 @@ inline void depthwise_slope(const Op& op, int64_t thread, int64_t threads) {
                     __m512 slope = _mm512_setzero_ps();
 #pragma GCC unroll 9
                     for (int k = 0; k < 9; k++) {  // this pixel went into output (y - ky + 1, x - kx + 1)
-                        const float* from = ring.line(y - k / 3 + 1) + (x - k % 3 + 1) * op.width + c;
-                        const __m512 g = _mm512_maskz_loadu_ps(mask, from);
+                        const __m512 g = _mm512_load_ps(lines[k / 3] + 16 * (x - k % 3 + 1));
                         slope = _mm512_fmadd_ps(g, w[k], slope);
                         dw[k] = _mm512_fmadd_ps(g, a.value, dw[k]);
                     }
@@ -225,7 +262,7 @@ inline void depthwise_slope(const Op& op, int64_t thread, int64_t threads) {
 
 // MIXED: out = mix0 * gradient + mix1 * source + mix2.
 inline void mixed(const Op& op, int64_t thread, int64_t threads) {
-    each_pixel(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
+    each_pixel<NO_SUMS, false>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
         store<BF16>(op.out + at, mixture(op, s.read(op.gradient, at), s.read(op.source, at), s.first, s.mask), s.mask);
     });
 }
