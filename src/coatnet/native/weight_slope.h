@@ -7,15 +7,27 @@
 
 #include "product.h"
 
-constexpr int64_t AT_ONCE = 1024;  // pixels: sums are kept in registers while so many pass
+constexpr int64_t AT_ONCE = 512;  // pixels: sums are kept in registers while so many pass, and their pairs in the caches
+constexpr int64_t FETCH = 16;     // pixels ahead: columns of a map are read crosswise, which no processor foresees
 
-// Put pairs of pixels side by side: 16 channels at most, (pixels / 2) steps of `step` bytes.
-INLINE void zip(const char* map, int64_t stride, int64_t pixels, __mmask16 channels, char* out, int64_t step, __mmask16 stored) {
-    for (int64_t p = 0; p < pixels; p += 2, map += 2 * stride, out += step) {
-        const __m512i even = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(channels, map));
-        const __m512 odd = load<BF16>(map + stride, p + 1 < pixels ? channels : 0);
-        _mm512_mask_storeu_epi32(out, stored, _mm512_or_si512(even, _mm512_castps_si512(odd)));
+// Call `put(step, even, odd)` with up to 32 channels, bf16, of each two pixels; of zeros after the last.
+template <class Put>
+INLINE void each_pair(const char* map, int64_t stride, int64_t pixels, __mmask32 channels, Put put) {
+    for (int64_t p = 0; p < pixels; p += 2, map += 2 * stride) {
+        _mm_prefetch(map + FETCH * stride, _MM_HINT_T0);
+        _mm_prefetch(map + (FETCH + 1) * stride, _MM_HINT_T0);
+        put(p / 2, _mm512_maskz_loadu_epi16(channels, map),
+            _mm512_maskz_loadu_epi16(p + 1 < pixels ? channels : 0, map + stride));
     }
+}
+
+// Side by side in 32 bits: channels `first` to `first` + 15 of two pixels.
+template <int FIRST>
+INLINE __m512i zip(__m512i even, __m512i odd) {
+    constexpr auto both = [](int i) { return int64_t(FIRST + i) | int64_t(FIRST + i + 32) << 16; };
+    constexpr auto four = [=](int i) { return both(i) | both(i + 1) << 32; };
+    const __m512i places = _mm512_setr_epi64(four(0), four(2), four(4), four(6), four(8), four(10), four(12), four(14));
+    return _mm512_permutex2var_epi16(even, places, odd);
 }
 
 // R rows of `out` by 32 columns.
@@ -46,14 +58,19 @@ void weight_slope_by(const Op& op, int64_t thread, int64_t threads) {
         const char* gradient = op.gradient + 2 * start * op.width;
         const char* source = op.source + start * op.source_cell;
         for (int64_t t = 0; t < tiles; t++)
-            zip(gradient + 2 * t * R, 2 * op.width, pixels, tail(std::min<int64_t>(R, op.width - t * R)),
-                rows.data() + t * tile_bytes, 4 * R, (1 << R) - 1);
+            each_pair(gradient + 2 * t * R, 2 * op.width, pixels, tail(std::min<int64_t>(R, op.width - t * R)),
+                      [out = rows.data() + t * tile_bytes](int64_t step, __m512i even, __m512i odd) INLINE_LAMBDA {
+                          _mm512_mask_storeu_epi32(out + 4 * R * step, (1 << R) - 1, zip<0>(even, odd));
+                      });
         for (int64_t unit = share.first, next; unit < share.last; unit = next) {
             const int64_t panel = unit / tiles, column = panel * PANEL;
             next = std::min(share.last, (panel + 1) * tiles);
-            for (int64_t half = 0; half < PANEL; half += 16)
-                zip(source + 2 * (column + half), op.source_cell, pixels, tail(op.depth - column - half),
-                    columns.data() + 4 * half, 128, 0xffff);
+            const __mmask32 channels = tail(op.depth - column) | __mmask32(tail(op.depth - column - 16)) << 16;
+            each_pair(source + 2 * column, op.source_cell, pixels, channels,
+                      [out = columns.data()](int64_t step, __m512i even, __m512i odd) INLINE_LAMBDA {
+                          _mm512_storeu_si512(out + 128 * step, zip<0>(even, odd));
+                          _mm512_storeu_si512(out + 128 * step + 64, zip<16>(even, odd));
+                      });
             for (int64_t t = unit % tiles; t < unit % tiles + next - unit; t++)
                 slope_tile<R>(rows.data() + t * tile_bytes, columns.data(), steps, start == 0 && !op.adds,
                               (float*)op.out + t * R * op.depth + column, op.depth, op.width - t * R, op.depth - column);
