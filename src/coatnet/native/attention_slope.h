@@ -10,16 +10,16 @@
 struct HeadSlope {
     int64_t tokens, padded;
     std::vector<char> keys, values, keys_by_token, queries_by_token, slopes_by_token;  // packed, in two ways
-    std::vector<uint32_t> weights_T, logit_slopes_T;                                   // (key, pair of queries) bf16
-    std::vector<float> logits, weight_slopes;
+    std::vector<uint32_t> weights, logit_slopes;                                       // (pair of queries, key) bf16
+    std::vector<float> logits, weight_slopes, summed;  // the last: logit slopes of all images, (query, key)
     std::vector<char> rows;
     Biases biases;
 
     HeadSlope(int64_t lines, int64_t cells)
         : tokens(lines * cells), padded((tokens + 31) / 32 * 32), keys(padded * 64), values(padded * 64),
           keys_by_token(padded * 64), queries_by_token(padded * 64), slopes_by_token(padded * 64),
-          weights_T((padded + ROWS) * padded / 2), logit_slopes_T((padded + ROWS) * padded / 2), logits(ROWS * padded),
-          weight_slopes(ROWS * padded), rows(ROWS * padded * 2),
+          weights((padded + ROWS) / 2 * padded + ROWS), logit_slopes((padded + ROWS) / 2 * padded + ROWS), logits(ROWS * padded),
+          weight_slopes(ROWS * padded), summed(tokens * padded), rows(ROWS * padded * 2),
           biases(lines, cells) {}
 };
 
@@ -38,11 +38,11 @@ inline void all_tokens(const char* rows, int64_t stride, const std::vector<char>
 }
 
 // Multiply 14 rows over all tokens with 32 channels packed by token, and store the first `count` of them, scaled.
-inline void all_channels(const char* rows, int64_t stride, const std::vector<char>& packed, int64_t tokens, float scale,
-                         char* out, int64_t out_stride, int64_t count) {
+inline void all_channels(const char* rows, int64_t stride, int64_t step_stride, const std::vector<char>& packed,
+                         int64_t tokens, float scale, char* out, int64_t out_stride, int64_t count) {
     __m512 sums[ROWS][2];
     clear<BF16, ROWS, 2>(sums);
-    multiply<BF16, ROWS>(rows, stride, packed.data(), 1, 0, (tokens + 1) / 2, sums);
+    multiply<BF16, ROWS, false, 0>(rows, stride, packed.data(), 1, 0, (tokens + 1) / 2, sums, nullptr, step_stride);
 #pragma GCC unroll 14
     for (int r = 0; r < ROWS; r++) {
         if (r >= count) break;
@@ -51,15 +51,9 @@ inline void all_channels(const char* rows, int64_t stride, const std::vector<cha
     }
 }
 
-INLINE void scatter_pairs(uint32_t* at, int64_t words, int64_t token, __m512 even, __m512 odd) {
-    const __m512i places = _mm512_mullo_epi32(
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(int(4 * words)));
-    _mm512_i32scatter_epi32(at + token * words, places, pairs(even, odd), 1);
-}
-
-// One head of one image; `bias_slope`, laid out as the table of biases, is added to.
-inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head, float* bias_slope) {
-    const int64_t N = s.tokens, P = s.padded, stride = 6 * op.width, out_stride = 2 * op.width, words = P / 2;
+// One head of one image; its logit slopes are added to `summed`.
+inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head) {
+    const int64_t N = s.tokens, P = s.padded, stride = 6 * op.width, out_stride = 2 * op.width;
     const float factor = 1.0f / __builtin_sqrtf(32.0f);
     const char* q = op.source + image * N * stride + head * 64;
     const char *k = q + out_stride, *v = k + out_stride;
@@ -84,8 +78,8 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head, 
         all_tokens(slope_rows, 64, s.values, P, s.weight_slopes.data());
         for (int64_t r = 0; r < count; r++) {  // logits become weights, weight slopes become logit slopes
             float *row = s.logits.data() + r * P, *row_slope = s.weight_slopes.data() + r * P;
-            const int64_t place = s.biases.place(first + r);
-            const float* bias = op.bias + head * s.biases.size() + place;
+            const float* bias = op.bias + head * s.biases.size() + s.biases.place(first + r);
+            float* summed = s.summed.data() + (first + r) * P;
             __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), total = _mm512_setzero_ps();
             for (int64_t t = 0; t < N; t += 16) {
                 __m512 logit = _mm512_mul_ps(_mm512_loadu_ps(row + t), _mm512_set1_ps(factor));
@@ -110,36 +104,41 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head, 
                 const __m512 d = _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_loadu_ps(row_slope + t), share));
                 _mm512_storeu_ps(row + t, weight);
                 _mm512_storeu_ps(row_slope + t, d);
-                if (op.relative == PRE && t < N) s.biases.add(t, bias_slope + place, d);
+                if (op.relative == PRE) _mm512_storeu_ps(summed + t, _mm512_add_ps(_mm512_loadu_ps(summed + t), d));
                 store<BF16>(s.rows.data() + (r * P + t) * 2, d);
             }
         }
         memset(s.logits.data() + count * P, 0, (ROWS - count) * P * 4);
         memset(s.weight_slopes.data() + count * P, 0, (ROWS - count) * P * 4);
-        all_channels(s.rows.data(), 2 * P, s.keys_by_token, N, factor, to + first * stride, stride, count);
+        all_channels(s.rows.data(), 2 * P, 4, s.keys_by_token, N, factor, to + first * stride, stride, count);
         for (int64_t r = 0; r < ROWS && first + r < P; r += 2)
             for (int64_t t = 0; t < P; t += 16) {
-                const int64_t even = r * P + t, odd = even + P;
-                scatter_pairs(s.weights_T.data() + (first + r) / 2, words, t, _mm512_loadu_ps(s.logits.data() + even),
-                              _mm512_loadu_ps(s.logits.data() + odd));
-                scatter_pairs(s.logit_slopes_T.data() + (first + r) / 2, words, t,
-                              _mm512_loadu_ps(s.weight_slopes.data() + even),
-                              _mm512_loadu_ps(s.weight_slopes.data() + odd));
+                const int64_t even = r * P + t, odd = even + P, at = (first + r) / 2 * P + t;
+                const float *weight = s.logits.data(), *slope = s.weight_slopes.data();
+                _mm512_storeu_si512(&s.weights[at], pairs(_mm512_loadu_ps(weight + even), _mm512_loadu_ps(weight + odd)));
+                _mm512_storeu_si512(&s.logit_slopes[at], pairs(_mm512_loadu_ps(slope + even), _mm512_loadu_ps(slope + odd)));
             }
     }
     for (int64_t first = 0; first < N; first += ROWS) {
         const int64_t count = std::min<int64_t>(ROWS, N - first);
-        const char* row = (const char*)(s.weights_T.data() + first * words);
-        all_channels(row, 4 * words, s.slopes_by_token, N, 1.0f, to + 4 * op.width + first * stride, stride, count);
-        row = (const char*)(s.logit_slopes_T.data() + first * words);
-        all_channels(row, 4 * words, s.queries_by_token, N, factor, to + 2 * op.width + first * stride, stride, count);
+        all_channels((const char*)&s.weights[first], 4, 4 * P, s.slopes_by_token, N, 1.0f,
+                     to + 4 * op.width + first * stride, stride, count);
+        all_channels((const char*)&s.logit_slopes[first], 4, 4 * P, s.queries_by_token, N, factor,
+                     to + 2 * op.width + first * stride, stride, count);
     }
 }
 
 inline void attention_slope(const Op& op, int64_t thread, int64_t threads) {
     HeadSlope scratch(op.lines, op.cells);
     const Share share(op.heads, thread, threads);
-    for (int64_t head = share.first; head < share.last; head++)
-        for (int64_t image = 0; image < op.images; image++)
-            head_slope(op, scratch, image, head, op.weight_sums + head * scratch.biases.size());
+    for (int64_t head = share.first; head < share.last; head++) {
+        std::fill(scratch.summed.begin(), scratch.summed.end(), 0.0f);
+        for (int64_t image = 0; image < op.images; image++) head_slope(op, scratch, image, head);
+        if (op.relative != PRE) continue;
+        float* bias_slope = op.weight_sums + head * scratch.biases.size();
+        for (int64_t query = 0; query < scratch.tokens; query++)
+            for (int64_t t = 0; t < scratch.tokens; t += 16)
+                scratch.biases.add(t, bias_slope + scratch.biases.place(query),
+                                   _mm512_loadu_ps(scratch.summed.data() + query * scratch.padded + t));
+    }
 }

@@ -70,14 +70,14 @@ struct Ahead {
 };
 
 // Add to the sums (V vectors a row) `segments` runs of `steps` 32-bit steps, each run `segment_stride` bytes after the
-// one before; within a run, steps of A are STEP bytes apart.
+// one before; within a run, steps of A are STEP bytes apart, or `step_stride` where STEP is 0.
 template <int TYPE, int R, bool FETCH = false, int STEP = 4, int V>
 INLINE void multiply(const char* a, int64_t row_stride, const char* w, int64_t segments, int64_t segment_stride,
-                     int64_t steps, typename Dot<TYPE>::Sum (&sums)[R][V], Ahead* ahead = nullptr) {
+                     int64_t steps, typename Dot<TYPE>::Sum (&sums)[R][V], Ahead* ahead = nullptr, int64_t step_stride = 0) {
     using D = Dot<TYPE>;
     for (int64_t s = 0; s < segments; s++, a += segment_stride) {
         const char* at = a;
-        for (int64_t k = 0; k < steps; k++, w += 128, at += STEP) {
+        for (int64_t k = 0; k < steps; k++, w += 128, at += STEP ? STEP : step_stride) {
             if (FETCH) ahead->step();
             const __m512i w0 = _mm512_loadu_si512(w), w1 = V == 2 ? _mm512_loadu_si512(w + 64) : w0;
 #pragma GCC unroll 14
