@@ -125,24 +125,18 @@ class WeightSlope:
     """The gradient of a product's weight, (N, K) float32, summed over calls of `add`."""
 
     def __init__(self, N: int, K: int) -> None:
-        self.is_swapped = N > K  # every thread packs the first factor, so that shall be the narrower
-        self.sums = torch.empty(min(N, K), max(N, K))
+        self.total = torch.empty(N, K)
         self.adds = 0
 
     def add(self, slope: Tensor, x: Tensor) -> WeightSlope:
         """Add the sum over all rows of slope (..., N) times x (..., K), bf16."""
-        first, second = (x, slope) if self.is_swapped else (slope, x)
-        width, depth = self.sums.shape
+        N, K = self.total.shape
         run(
-            "WEIGHT_SLOPE", cells=x.numel() // x.shape[-1], width=width, depth=depth, gradient=first, source=second,
-            source_cell=2 * depth, adds=self.adds, out=self.sums,
+            "WEIGHT_SLOPE", cells=x.numel() // K, width=N, depth=K, gradient=slope, source=x, source_cell=2 * K,
+            adds=self.adds, out=self.total,
         )  # fmt: skip
         self.adds = 1
         return self
-
-    @property
-    def total(self) -> Tensor:
-        return self.sums.T if self.is_swapped else self.sums
 
 
 def bf16_rows(x: Tensor) -> Tensor:

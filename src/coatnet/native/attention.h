@@ -41,13 +41,15 @@ struct Biases {
 
 // Pack the keys of one head as weights: panels of 32 tokens, `words` 32-bit steps each; tokens beyond the last are 0.
 inline void pack_keys(const char* keys, int64_t stride, int64_t tokens, int64_t words, int* out) {
-    const __m512i places = _mm512_mullo_epi32(
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(int(stride)));
     for (int64_t t = 0; t < (tokens + 31) / 32 * 32; t += 16)
-        for (int64_t k = 0; k < words; k++)
-            _mm512_storeu_si512(out + t / 32 * words * 32 + k * 32 + t % 32,
-                                _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), tail(tokens - t), places,
-                                                            keys + t * stride + 4 * k, 1));
+        for (int64_t k = 0; k < words; k += 16) {
+            __m512i rows[16];
+            for (int r = 0; r < 16; r++)
+                rows[r] = _mm512_maskz_loadu_epi32(t + r < tokens ? tail(words - k) : 0, keys + (t + r) * stride + 4 * k);
+            transpose(rows);
+            int* to = out + t / 32 * words * 32 + k * 32 + t % 32;
+            for (int r = 0; r < std::min<int64_t>(16, words - k); r++) _mm512_storeu_si512(to + r * 32, rows[r]);
+        }
 }
 
 // Pack `channels` of the values of one head, 32 at most, as weights: a step is 1 token in fp32, 2 in bf16.

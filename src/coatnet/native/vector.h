@@ -88,3 +88,26 @@ INLINE __m512 exp16(__m512 x) {
     p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, n);
 }
+
+// Turn 16 rows of 16 words of 32 bits: afterwards row i holds word i of each.
+INLINE void transpose(__m512i (&rows)[16]) {
+    __m512i quads[16];  // quads[4 i + j]: in its part L, word 4 L + j of rows 4 i to 4 i + 3
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        const __m512i low = _mm512_unpacklo_epi32(rows[i], rows[i + 1]), high = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+        const __m512i low2 = _mm512_unpacklo_epi32(rows[i + 2], rows[i + 3]);
+        const __m512i high2 = _mm512_unpackhi_epi32(rows[i + 2], rows[i + 3]);
+        quads[i] = _mm512_unpacklo_epi64(low, low2), quads[i + 1] = _mm512_unpackhi_epi64(low, low2);
+        quads[i + 2] = _mm512_unpacklo_epi64(high, high2), quads[i + 3] = _mm512_unpackhi_epi64(high, high2);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        constexpr int EVEN = 0x88, ODD = 0xdd;  // parts 0 and 2 of both, or 1 and 3
+        const __m512i first = _mm512_shuffle_i32x4(quads[j], quads[4 + j], EVEN);
+        const __m512i second = _mm512_shuffle_i32x4(quads[j], quads[4 + j], ODD);
+        const __m512i third = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], EVEN);
+        const __m512i fourth = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], ODD);
+        rows[j] = _mm512_shuffle_i32x4(first, third, EVEN), rows[8 + j] = _mm512_shuffle_i32x4(first, third, ODD);
+        rows[4 + j] = _mm512_shuffle_i32x4(second, fourth, EVEN), rows[12 + j] = _mm512_shuffle_i32x4(second, fourth, ODD);
+    }
+}

@@ -50,30 +50,42 @@ void slope_tile(const char* rows, const char* columns, int64_t steps, bool first
 template <int R>
 void weight_slope_by(const Op& op, int64_t thread, int64_t threads) {
     const int64_t tiles = (op.width + R - 1) / R, panels = (op.depth + PANEL - 1) / PANEL;
+    const int64_t tile_bytes = AT_ONCE / 2 * 4 * R, panel_bytes = AT_ONCE / 2 * 128;
+    const bool by_panel = op.width <= op.depth;  // of the narrower factor every thread makes all pairs beforehand
+    const int64_t held = by_panel ? tiles : panels;
     const Share share(tiles * panels, thread, threads);
-    const int64_t tile_bytes = AT_ONCE / 2 * 4 * R;
-    std::vector<char> rows(tiles * tile_bytes), columns(AT_ONCE / 2 * 128);
+    std::vector<char> rows((by_panel ? tiles : 1) * tile_bytes), columns((by_panel ? 1 : panels) * panel_bytes);
     for (int64_t start = 0; start < op.cells; start += AT_ONCE) {
         const int64_t pixels = std::min(AT_ONCE, op.cells - start), steps = (pixels + 1) / 2;
-        const char* gradient = op.gradient + 2 * start * op.width;
-        const char* source = op.source + start * op.source_cell;
-        for (int64_t t = 0; t < tiles; t++)
-            each_pair(gradient + 2 * t * R, 2 * op.width, pixels, tail(std::min<int64_t>(R, op.width - t * R)),
-                      [out = rows.data() + t * tile_bytes](int64_t step, __m512i even, __m512i odd) INLINE_LAMBDA {
+        auto zip_rows = [&](int64_t tile, char* out) {
+            each_pair(op.gradient + 2 * (start * op.width + tile * R), 2 * op.width, pixels,
+                      tail(std::min<int64_t>(R, op.width - tile * R)),
+                      [out](int64_t step, __m512i even, __m512i odd) INLINE_LAMBDA {
                           _mm512_mask_storeu_epi32(out + 4 * R * step, (1 << R) - 1, zip<0>(even, odd));
                       });
-        for (int64_t unit = share.first, next; unit < share.last; unit = next) {
-            const int64_t panel = unit / tiles, column = panel * PANEL;
-            next = std::min(share.last, (panel + 1) * tiles);
+        };
+        auto zip_columns = [&](int64_t panel, char* out) {
+            const int64_t column = panel * PANEL;
             const __mmask32 channels = tail(op.depth - column) | __mmask32(tail(op.depth - column - 16)) << 16;
-            each_pair(source + 2 * column, op.source_cell, pixels, channels,
-                      [out = columns.data()](int64_t step, __m512i even, __m512i odd) INLINE_LAMBDA {
+            each_pair(op.source + start * op.source_cell + 2 * column, op.source_cell, pixels, channels,
+                      [out](int64_t step, __m512i even, __m512i odd) INLINE_LAMBDA {
                           _mm512_storeu_si512(out + 128 * step, zip<0>(even, odd));
                           _mm512_storeu_si512(out + 128 * step + 64, zip<16>(even, odd));
                       });
-            for (int64_t t = unit % tiles; t < unit % tiles + next - unit; t++)
-                slope_tile<R>(rows.data() + t * tile_bytes, columns.data(), steps, start == 0 && !op.adds,
-                              (float*)op.out + t * R * op.depth + column, op.depth, op.width - t * R, op.depth - column);
+        };
+        for (int64_t i = 0; i < held; i++)
+            by_panel ? zip_rows(i, rows.data() + i * tile_bytes) : zip_columns(i, columns.data() + i * panel_bytes);
+        for (int64_t unit = share.first, next; unit < share.last; unit = next) {
+            const int64_t other = unit / held;
+            next = std::min(share.last, (other + 1) * held);
+            by_panel ? zip_columns(other, columns.data()) : zip_rows(other, rows.data());
+            for (int64_t i = unit - other * held; i < next - other * held; i++) {
+                const int64_t tile = by_panel ? i : other, panel = by_panel ? other : i, column = panel * PANEL;
+                slope_tile<R>(rows.data() + (by_panel ? i * tile_bytes : 0),
+                              columns.data() + (by_panel ? 0 : i * panel_bytes), steps, start == 0 && !op.adds,
+                              (float*)op.out + tile * R * op.depth + column, op.depth, op.width - tile * R,
+                              op.depth - column);
+            }
         }
     }
 }
@@ -87,23 +99,38 @@ inline void weight_slope(const Op& op, int64_t thread, int64_t threads) {
 }
 
 // PACK: weights (depth, width) fp32, `source_line` bytes from step to step of K and `source_cell` from column to column,
-// one of which is 4 -> bf16 panels, (panels, depth / 2, 32, 2); zeros beyond the last.
+// one of which is 4 -> bf16 panels, (panels, depth / 2, 32, 2); zeros beyond the last. 16 steps of 16 columns at a time,
+// in the order that the weights lie in.
 inline void pack_weights(const Op& op, int64_t thread, int64_t threads) {
+    constexpr int64_t STEPS = 16, K = 2 * STEPS;
     const int64_t steps = (op.depth + 1) / 2, panels = (op.width + PANEL - 1) / PANEL;
-    const __m512i places = _mm512_mullo_epi32(
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(int(op.source_cell)));
     const Share share(panels * 2, thread, threads);
-    for (int64_t unit = share.first; unit < share.last; unit++) {
-        const int64_t column = unit * 16;
-        const __mmask16 mask = tail(op.width - column);
-        const char* from = op.source + column * op.source_cell;
-        char* to = op.out + unit / 2 * steps * 128 + unit % 2 * 64;
-        auto row = [&](int64_t k) INLINE_LAMBDA {
-            const __mmask16 here = k < op.depth ? mask : 0;
-            const char* at = from + k * op.source_line;
-            return op.source_cell == 4 ? _mm512_maskz_loadu_ps(here, at)
-                                       : _mm512_mask_i32gather_ps(_mm512_setzero_ps(), here, places, at, 1);
-        };
-        for (int64_t k = 0; k < steps; k++, to += 128) _mm512_storeu_si512(to, pairs(row(2 * k), row(2 * k + 1)));
-    }
+    auto source = [&](int64_t unit, int64_t k) { return op.source + unit * 16 * op.source_cell + k * op.source_line; };
+    auto packed = [&](int64_t unit, int64_t k) { return op.out + ((unit / 2 * steps + k / 2) * 2 + unit % 2) * 64; };
+    auto by_rows = [&](int64_t unit, int64_t first) {
+        const __mmask16 columns = tail(op.width - unit * 16);
+        for (int64_t k = first; k < std::min(first + K, op.depth); k += 2) {
+            const __mmask16 odd = k + 1 < op.depth ? columns : 0;
+            _mm512_storeu_si512(packed(unit, k), pairs(_mm512_maskz_loadu_ps(columns, source(unit, k)),
+                                                       _mm512_maskz_loadu_ps(odd, source(unit, k + 1))));
+        }
+    };
+    auto by_columns = [&](int64_t unit, int64_t first) {
+        __m512i rows[16];
+        for (int c = 0; c < 16; c++) {
+            const int64_t count = unit * 16 + c < op.width ? op.depth - first : 0;
+            const char* from = source(unit, first) + c * op.source_cell;
+            rows[c] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(tail(count - 16), from + 64),
+                                                   _mm512_maskz_loadu_ps(tail(count), from));
+        }
+        transpose(rows);
+        for (int64_t k = first; k < std::min(first + K, op.depth); k += 2)
+            _mm512_storeu_si512(packed(unit, k), rows[(k - first) / 2]);
+    };
+    if (op.source_cell == 4)
+        for (int64_t k = 0; k < op.depth; k += K)
+            for (int64_t unit = share.first; unit < share.last; unit++) by_rows(unit, k);
+    else
+        for (int64_t unit = share.first; unit < share.last; unit++)
+            for (int64_t k = 0; k < op.depth; k += K) by_columns(unit, k);
 }
