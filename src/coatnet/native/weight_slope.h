@@ -8,18 +8,8 @@
 #include "product.h"
 
 constexpr int64_t AT_ONCE = 512;  // pixels: sums are kept in registers while so many pass, and their pairs in the caches
-constexpr int64_t FETCH = 16;     // pixels ahead: columns of a map are read crosswise, which no processor foresees
-
-// Call `put(step, even, odd)` with up to 32 channels, bf16, of each two pixels; of zeros after the last.
-template <class Put>
-INLINE void each_pair(const char* map, int64_t stride, int64_t pixels, __mmask32 channels, Put put) {
-    for (int64_t p = 0; p < pixels; p += 2, map += 2 * stride) {
-        _mm_prefetch(map + FETCH * stride, _MM_HINT_T0);
-        _mm_prefetch(map + (FETCH + 1) * stride, _MM_HINT_T0);
-        put(p / 2, _mm512_maskz_loadu_epi16(channels, map),
-            _mm512_maskz_loadu_epi16(p + 1 < pixels ? channels : 0, map + stride));
-    }
-}
+constexpr int64_t FETCH = 64;     // pixels ahead: a map is read crosswise here, which no processor foresees
+constexpr int64_t GROUP = 8;      // tiles
 
 // Side by side in 32 bits: channels `first` to `first` + 15 of two pixels.
 template <int FIRST>
@@ -47,45 +37,85 @@ void slope_tile(const char* rows, const char* columns, int64_t steps, bool first
             _mm512_mask_storeu_ps(out + r * stride + 16 * half, r >= num_rows ? 0 : masks[half], sums[r][half]);
 }
 
+// Both factors over the pixels that pass at once, and the tiles of their product.
+template <int R>
+struct Factors {
+    const Op& op;
+    int64_t start, pixels;
+    // A line more than they hold, so that what is written side by side falls into different sets of the first cache.
+    static constexpr int64_t TILE_BYTES = AT_ONCE / 2 * 4 * R + 64, PANEL_BYTES = AT_ONCE / 2 * 128 + 64;
+
+    // Pairs of R channels for each tile from `first` on, a group at most: cache lines hold parts of several.
+    void zip_tiles(int64_t first, int64_t last, char* out) const {
+        const char* map = op.gradient + 2 * (start * op.width + first * R);
+        const int64_t whole = std::min(last, op.width / R);
+        each_pair(map, 2 * op.width, 2 * R * (last - first), [&](const char* even, const char* odd, int64_t step) INLINE_LAMBDA {
+            auto pair = [&](int64_t t, __mmask16 channels) INLINE_LAMBDA {
+                const __m512i pairs = zip<0>(read(even, t * R, channels), read(odd, t * R, channels));
+                _mm512_mask_storeu_epi32(out + t * TILE_BYTES + 4 * R * step, (1 << R) - 1, pairs);
+            };
+            for (int64_t t = 0; t < whole - first; t++) pair(t, (1 << R) - 1);
+            if (whole < last) pair(whole - first, tail(op.width - whole * R));
+        });
+    }
+    void zip_panel(int64_t panel, char* out) const {
+        const int64_t column = panel * PANEL;
+        const __mmask32 channels = tail(op.depth - column) | __mmask32(tail(op.depth - column - 16)) << 16;
+        const char* map = op.source + start * op.source_cell + 2 * column;
+        each_pair(map, op.source_cell, 64, [&](const char* even, const char* odd, int64_t step) INLINE_LAMBDA {
+            const __m512i a = read(even, 0, channels), b = read(odd, 0, channels);
+            _mm512_storeu_si512(out + 128 * step, zip<0>(a, b));
+            _mm512_storeu_si512(out + 128 * step + 64, zip<16>(a, b));
+        });
+    }
+    // Call `put(even, odd, step)` for each two pixels; the odd one is null after the last.
+    template <class Put>
+    INLINE void each_pair(const char* map, int64_t stride, int64_t num_bytes, Put put) const {
+        for (int64_t p = 0; p < pixels; p += 2, map += 2 * stride) {
+            for (int64_t at = 0; at < num_bytes; at += 64) {
+                _mm_prefetch(map + FETCH * stride + at, _MM_HINT_T0);
+                _mm_prefetch(map + (FETCH + 1) * stride + at, _MM_HINT_T0);
+            }
+            put(map, p + 1 < pixels ? map + stride : nullptr, p / 2);
+        }
+    }
+    static INLINE __m512i read(const char* pixel, int64_t channel, __mmask32 mask) {
+        return _mm512_maskz_loadu_epi16(pixel ? mask : 0, pixel + 2 * channel);
+    }
+    void multiply(int64_t tile, const char* rows, int64_t panel, const char* columns) const {
+        slope_tile<R>(rows, columns, (pixels + 1) / 2, start == 0 && !op.adds,
+                      (float*)op.out + tile * R * op.depth + panel * PANEL, op.depth, op.width - tile * R,
+                      op.depth - panel * PANEL);
+    }
+};
+
+// Of the narrower factor every thread makes all pairs, of the wider one those of its own share. A panel stays in the first
+// cache while tiles pass.
 template <int R>
 void weight_slope_by(const Op& op, int64_t thread, int64_t threads) {
+    using F = Factors<R>;
     const int64_t tiles = (op.width + R - 1) / R, panels = (op.depth + PANEL - 1) / PANEL;
-    const int64_t tile_bytes = AT_ONCE / 2 * 4 * R, panel_bytes = AT_ONCE / 2 * 128;
-    const bool by_panel = op.width <= op.depth;  // of the narrower factor every thread makes all pairs beforehand
-    const int64_t held = by_panel ? tiles : panels;
-    const Share share(tiles * panels, thread, threads);
-    std::vector<char> rows((by_panel ? tiles : 1) * tile_bytes), columns((by_panel ? 1 : panels) * panel_bytes);
+    const bool by_panel = op.width <= op.depth;
+    const Share units(by_panel ? tiles * panels : 0, thread, threads), own(by_panel ? 0 : tiles, thread, threads);
+    std::vector<char> rows((by_panel ? tiles : GROUP) * F::TILE_BYTES), columns((by_panel ? 1 : panels) * F::PANEL_BYTES);
     for (int64_t start = 0; start < op.cells; start += AT_ONCE) {
-        const int64_t pixels = std::min(AT_ONCE, op.cells - start), steps = (pixels + 1) / 2;
-        auto zip_rows = [&](int64_t tile, char* out) {
-            each_pair(op.gradient + 2 * (start * op.width + tile * R), 2 * op.width, pixels,
-                      tail(std::min<int64_t>(R, op.width - tile * R)),
-                      [out](int64_t step, __m512i even, __m512i odd) INLINE_LAMBDA {
-                          _mm512_mask_storeu_epi32(out + 4 * R * step, (1 << R) - 1, zip<0>(even, odd));
-                      });
-        };
-        auto zip_columns = [&](int64_t panel, char* out) {
-            const int64_t column = panel * PANEL;
-            const __mmask32 channels = tail(op.depth - column) | __mmask32(tail(op.depth - column - 16)) << 16;
-            each_pair(op.source + start * op.source_cell + 2 * column, op.source_cell, pixels, channels,
-                      [out](int64_t step, __m512i even, __m512i odd) INLINE_LAMBDA {
-                          _mm512_storeu_si512(out + 128 * step, zip<0>(even, odd));
-                          _mm512_storeu_si512(out + 128 * step + 64, zip<16>(even, odd));
-                      });
-        };
-        for (int64_t i = 0; i < held; i++)
-            by_panel ? zip_rows(i, rows.data() + i * tile_bytes) : zip_columns(i, columns.data() + i * panel_bytes);
-        for (int64_t unit = share.first, next; unit < share.last; unit = next) {
-            const int64_t other = unit / held;
-            next = std::min(share.last, (other + 1) * held);
-            by_panel ? zip_columns(other, columns.data()) : zip_rows(other, rows.data());
-            for (int64_t i = unit - other * held; i < next - other * held; i++) {
-                const int64_t tile = by_panel ? i : other, panel = by_panel ? other : i, column = panel * PANEL;
-                slope_tile<R>(rows.data() + (by_panel ? i * tile_bytes : 0),
-                              columns.data() + (by_panel ? 0 : i * panel_bytes), steps, start == 0 && !op.adds,
-                              (float*)op.out + tile * R * op.depth + column, op.depth, op.width - tile * R,
-                              op.depth - column);
-            }
+        const F factors = {op, start, std::min(AT_ONCE, op.cells - start)};
+        if (by_panel)
+            for (int64_t t = 0; t < tiles; t += GROUP)
+                factors.zip_tiles(t, std::min(t + GROUP, tiles), rows.data() + t * F::TILE_BYTES);
+        else
+            for (int64_t p = 0; p < panels; p++) factors.zip_panel(p, columns.data() + p * F::PANEL_BYTES);
+        for (int64_t unit = units.first; unit < units.last; unit++) {
+            const int64_t panel = unit / tiles, t = unit % tiles;
+            if (unit == units.first || t == 0) factors.zip_panel(panel, columns.data());
+            factors.multiply(t, rows.data() + t * F::TILE_BYTES, panel, columns.data());
+        }
+        for (int64_t first = own.first; first < own.last; first += GROUP) {
+            const int64_t last = std::min(first + GROUP, own.last);
+            factors.zip_tiles(first, last, rows.data());
+            for (int64_t p = 0; p < panels; p++)
+                for (int64_t t = first; t < last; t++)
+                    factors.multiply(t, rows.data() + (t - first) * F::TILE_BYTES, p, columns.data() + p * F::PANEL_BYTES);
         }
     }
 }
