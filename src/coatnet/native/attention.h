@@ -146,21 +146,23 @@ void attention(const Op& op, int64_t thread, int64_t threads) {
     const int64_t tokens = op.lines * op.cells, padded = (tokens + 31) / 32 * 32, size = bytes(TYPE);
     const int64_t stride = 3 * op.width * size;
     const int64_t panels = (op.head_dim + 31) / 32 * 32;
-    std::vector<char> keys(padded * op.head_dim * size), values(padded * panels * size), weights(ROWS * padded * size);
-    std::vector<float> logits(ROWS * padded);
+    char* const keys = kept<struct Keys>(padded * op.head_dim * size);
+    char* const values = kept<struct Values>(padded * panels * size);
+    char* const weights = kept<struct Weights>(ROWS * padded * size);
+    float* const logits = kept<struct Logits, float>(ROWS * padded);
     const Biases biases(op.lines, op.cells);
     const Share share(op.images * op.heads, thread, threads);
     for (int64_t unit = share.first; unit < share.last; unit++) {
         const int64_t head = unit / op.images, image = unit % op.images, channel = head * op.head_dim;
         const char* q = op.source + image * tokens * stride + channel * size;
-        pack_keys(q + op.width * size, stride, tokens, op.head_dim * size / 4, (int*)keys.data());
+        pack_keys(q + op.width * size, stride, tokens, op.head_dim * size / 4, (int*)keys);
         for (int64_t d = 0; d < op.head_dim; d += 32)
             pack_values<TYPE>(q + (2 * op.width + d) * size, stride, tokens, padded, op.head_dim - d,
-                              values.data() + d * padded * size);
+                              values + d * padded * size);
         for (int64_t t = 0, rows; t < tokens; t += rows) {
             auto go = [&]<int R>() {
-                attend<TYPE, R>(op, q + t * stride, stride, keys.data(), values.data(), biases,
-                                op.bias + head * biases.size(), t, logits.data(), weights.data(),
+                attend<TYPE, R>(op, q + t * stride, stride, keys, values, biases,
+                                op.bias + head * biases.size(), t, logits, weights,
                                 op.out + (image * tokens + t) * op.width * bytes(op.out_type), channel);
                 rows = R;
             };

@@ -9,26 +9,32 @@
 // Scratch for one head of one image. Rows beyond the last token are zeros.
 struct HeadSlope {
     int64_t tokens, padded;
-    std::vector<char> keys, values, keys_by_token, queries_by_token, slopes_by_token;  // packed, in two ways
-    std::vector<uint32_t> weights, logit_slopes;                                       // (pair of queries, key) bf16
-    std::vector<float> logits, weight_slopes, summed;  // the last: logit slopes of all images, (query, key)
-    std::vector<char> rows;
+    char *keys, *values, *keys_by_token, *queries_by_token, *slopes_by_token;  // packed, in two ways
+    uint32_t *weights, *logit_slopes;                                          // (pair of queries, key) bf16
+    float *logits, *weight_slopes;                                             // of the rows at hand
+    float* summed;                                                             // of all images, (query, key)
+    char* rows;
     Biases biases;
 
     HeadSlope(int64_t lines, int64_t cells)
-        : tokens(lines * cells), padded((tokens + 31) / 32 * 32), keys(padded * 64), values(padded * 64),
-          keys_by_token(padded * 64), queries_by_token(padded * 64), slopes_by_token(padded * 64),
-          weights((padded + ROWS) / 2 * padded + ROWS), logit_slopes((padded + ROWS) / 2 * padded + ROWS), logits(ROWS * padded),
-          weight_slopes(ROWS * padded), summed(tokens * padded), rows(ROWS * padded * 2),
+        : tokens(lines * cells), padded((tokens + 31) / 32 * 32), keys(kept<struct SlopeKeys>(padded * 64)),
+          values(kept<struct SlopeValues>(padded * 64)), keys_by_token(kept<struct KeysByToken>(padded * 64)),
+          queries_by_token(kept<struct QueriesByToken>(padded * 64)),
+          slopes_by_token(kept<struct SlopesByToken>(padded * 64)),
+          weights(kept<struct WeightPairs, uint32_t>((padded + ROWS) / 2 * padded + ROWS)),
+          logit_slopes(kept<struct LogitSlopePairs, uint32_t>((padded + ROWS) / 2 * padded + ROWS)),
+          logits(kept<struct SlopeLogits, float>(ROWS * padded)),
+          weight_slopes(kept<struct WeightSlopes, float>(ROWS * padded)),
+          summed(kept<struct Summed, float>(tokens * padded)), rows(kept<struct SlopeRows>(ROWS * padded * 2)),
           biases(lines, cells) {}
 };
 
 // Multiply 14 rows of queries or slopes with packed keys or values: (14, padded) fp32.
-inline void all_tokens(const char* rows, int64_t stride, const std::vector<char>& packed, int64_t padded, float* out) {
+inline void all_tokens(const char* rows, int64_t stride, const char* packed, int64_t padded, float* out) {
     for (int64_t panel = 0; panel < padded / 32; panel++) {
         __m512 sums[ROWS][2];
         clear<BF16, ROWS, 2>(sums);
-        multiply<BF16, ROWS>(rows, stride, packed.data() + panel * 16 * 128, 1, 0, 16, sums);
+        multiply<BF16, ROWS>(rows, stride, packed + panel * 16 * 128, 1, 0, 16, sums);
 #pragma GCC unroll 14
         for (int r = 0; r < ROWS; r++) {
             _mm512_storeu_ps(out + r * padded + panel * 32, sums[r][0]);
@@ -38,11 +44,11 @@ inline void all_tokens(const char* rows, int64_t stride, const std::vector<char>
 }
 
 // Multiply 14 rows over all tokens with 32 channels packed by token, and store the first `count` of them, scaled.
-inline void all_channels(const char* rows, int64_t stride, int64_t step_stride, const std::vector<char>& packed,
+inline void all_channels(const char* rows, int64_t stride, int64_t step_stride, const char* packed,
                          int64_t tokens, float scale, char* out, int64_t out_stride, int64_t count) {
     __m512 sums[ROWS][2];
     clear<BF16, ROWS, 2>(sums);
-    multiply<BF16, ROWS, false, 0>(rows, stride, packed.data(), 1, 0, (tokens + 1) / 2, sums, nullptr, step_stride);
+    multiply<BF16, ROWS, false, 0>(rows, stride, packed, 1, 0, (tokens + 1) / 2, sums, nullptr, step_stride);
 #pragma GCC unroll 14
     for (int r = 0; r < ROWS; r++) {
         if (r >= count) break;
@@ -60,11 +66,11 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head) 
     const char* slope = op.gradient + image * N * out_stride + head * 64;
     const char* mixed = op.residual + image * N * out_stride + head * 64;
     char* to = op.out + image * N * stride + head * 64;
-    pack_keys(k, stride, N, 16, (int*)s.keys.data());
-    pack_keys(v, stride, N, 16, (int*)s.values.data());
-    pack_values<BF16>(k, stride, N, P, 32, s.keys_by_token.data());
-    pack_values<BF16>(q, stride, N, P, 32, s.queries_by_token.data());
-    pack_values<BF16>(slope, out_stride, N, P, 32, s.slopes_by_token.data());
+    pack_keys(k, stride, N, 16, (int*)s.keys);
+    pack_keys(v, stride, N, 16, (int*)s.values);
+    pack_values<BF16>(k, stride, N, P, 32, s.keys_by_token);
+    pack_values<BF16>(q, stride, N, P, 32, s.queries_by_token);
+    pack_values<BF16>(slope, out_stride, N, P, 32, s.slopes_by_token);
     alignas(64) char query_rows[ROWS * 64], slope_rows[ROWS * 64];
     for (int64_t first = 0; first < N; first += ROWS) {
         const int64_t count = std::min<int64_t>(ROWS, N - first);
@@ -74,12 +80,12 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head) 
             memcpy(query_rows + r * 64, q + (first + r) * stride, 64);
             memcpy(slope_rows + r * 64, slope + (first + r) * out_stride, 64);
         }
-        all_tokens(query_rows, 64, s.keys, P, s.logits.data());
-        all_tokens(slope_rows, 64, s.values, P, s.weight_slopes.data());
+        all_tokens(query_rows, 64, s.keys, P, s.logits);
+        all_tokens(slope_rows, 64, s.values, P, s.weight_slopes);
         for (int64_t r = 0; r < count; r++) {  // logits become weights, weight slopes become logit slopes
-            float *row = s.logits.data() + r * P, *row_slope = s.weight_slopes.data() + r * P;
+            float *row = s.logits + r * P, *row_slope = s.weight_slopes + r * P;
             const float* bias = op.bias + head * s.biases.size() + s.biases.place(first + r);
-            float* summed = s.summed.data() + (first + r) * P;
+            float* summed = s.summed + (first + r) * P;
             __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), total = _mm512_setzero_ps();
             for (int64_t t = 0; t < N; t += 16) {
                 __m512 logit = _mm512_mul_ps(_mm512_loadu_ps(row + t), _mm512_set1_ps(factor));
@@ -105,16 +111,16 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head) 
                 _mm512_storeu_ps(row + t, weight);
                 _mm512_storeu_ps(row_slope + t, d);
                 if (op.relative == PRE) _mm512_storeu_ps(summed + t, _mm512_add_ps(_mm512_loadu_ps(summed + t), d));
-                store<BF16>(s.rows.data() + (r * P + t) * 2, d);
+                store<BF16>(s.rows + (r * P + t) * 2, d);
             }
         }
-        memset(s.logits.data() + count * P, 0, (ROWS - count) * P * 4);
-        memset(s.weight_slopes.data() + count * P, 0, (ROWS - count) * P * 4);
-        all_channels(s.rows.data(), 2 * P, 4, s.keys_by_token, N, factor, to + first * stride, stride, count);
+        memset(s.logits + count * P, 0, (ROWS - count) * P * 4);
+        memset(s.weight_slopes + count * P, 0, (ROWS - count) * P * 4);
+        all_channels(s.rows, 2 * P, 4, s.keys_by_token, N, factor, to + first * stride, stride, count);
         for (int64_t r = 0; r < ROWS && first + r < P; r += 2)
             for (int64_t t = 0; t < P; t += 16) {
                 const int64_t even = r * P + t, odd = even + P, at = (first + r) / 2 * P + t;
-                const float *weight = s.logits.data(), *slope = s.weight_slopes.data();
+                const float *weight = s.logits, *slope = s.weight_slopes;
                 _mm512_storeu_si512(&s.weights[at], pairs(_mm512_loadu_ps(weight + even), _mm512_loadu_ps(weight + odd)));
                 _mm512_storeu_si512(&s.logit_slopes[at], pairs(_mm512_loadu_ps(slope + even), _mm512_loadu_ps(slope + odd)));
             }
@@ -132,13 +138,13 @@ inline void attention_slope(const Op& op, int64_t thread, int64_t threads) {
     HeadSlope scratch(op.lines, op.cells);
     const Share share(op.heads, thread, threads);
     for (int64_t head = share.first; head < share.last; head++) {
-        std::fill(scratch.summed.begin(), scratch.summed.end(), 0.0f);
+        std::fill_n(scratch.summed, scratch.tokens * scratch.padded, 0.0f);
         for (int64_t image = 0; image < op.images; image++) head_slope(op, scratch, image, head);
         if (op.relative != PRE) continue;
         float* bias_slope = op.weight_sums + head * scratch.biases.size();
         for (int64_t query = 0; query < scratch.tokens; query++)
             for (int64_t t = 0; t < scratch.tokens; t += 16)
                 scratch.biases.add(t, bias_slope + scratch.biases.place(query),
-                                   _mm512_loadu_ps(scratch.summed.data() + query * scratch.padded + t));
+                                   _mm512_loadu_ps(scratch.summed + query * scratch.padded + t));
     }
 }

@@ -5,7 +5,6 @@
 // broadcast of 32 bits of A with two vectors of W, so the three precisions share one loop.
 #pragma once
 #include <algorithm>
-#include <vector>
 
 #include "gelu.h"
 
@@ -190,7 +189,7 @@ void product(const Op& op, int64_t thread, int64_t threads) {
     const int64_t part_steps = op.segments == 1 ? std::min(steps, PART_STEPS) : steps;
     const int64_t group = std::max<int64_t>(1, ROWS_BYTES / (ROWS * op.segments * part_steps * 4));
     const bool is_big = panels * panel_bytes > BIG_BYTES && !op.weight_image;
-    std::vector<char> between(part_steps < steps ? group * ROWS * (columns.last - columns.first) * 128 : 0);
+    char* const between = kept<struct Between>(part_steps < steps ? group * ROWS * (columns.last - columns.first) * 128 : 0);
     for (int64_t start = rows.first; start < rows.last; start += group)
         for (int64_t k = 0; k < steps; k += part_steps)
             for (int64_t panel = columns.first; panel < columns.last; panel++) {
@@ -198,7 +197,7 @@ void product(const Op& op, int64_t thread, int64_t threads) {
                 const char* following = op.weight + (panel + 1) * panel_bytes + k * 128;
                 const bool fetch = is_big && panel + 1 < columns.last;
                 Ahead ahead = {following, fetch ? following + op.segments * now * 128 : following};
-                Part part = {k == 0, k + now == steps, between.data() + (panel - columns.first) * group * ROWS * 128};
+                Part part = {k == 0, k + now == steps, between + (panel - columns.first) * group * ROWS * 128};
                 for (int64_t t = start, next; t < std::min(start + group, rows.last); t = next) {
                     const int64_t line = t / per_line, first = t % per_line;
                     next = std::min({start + group, rows.last, (line + 1) * per_line});  // along one line in one go

@@ -5,7 +5,6 @@
 // Sums are written line by line, or strip by strip where lines are done in strips, as (images, lines or strips, 2, width),
 // so that they do not depend on the number of threads.
 #pragma once
-#include <vector>
 
 #include "product.h"
 
@@ -110,13 +109,13 @@ inline void acted_slope(const Op& op, int64_t thread, int64_t threads) {
 // between a pixel of zeros at either end: a convolution of those channels finds its whole line in the first cache.
 class Ring {
     int64_t block, size;
-    std::vector<float> values;
     float* start;
 
   public:
     Ring(int64_t cells, int64_t width)
-        : block(16 * (cells + 2)), size((width + 15) / 16 * block), values(3 * size + 16),
-          start((float*)(((uintptr_t)values.data() + 63) / 64 * 64)) {}
+        : block(16 * (cells + 2)), size((width + 15) / 16 * block), start(kept<Ring, float>(3 * size)) {
+        std::fill_n(start, 3 * size, 0.0f);
+    }
     // Channels c to c + 15 of line y, from its first pixel on.
     float* at(int64_t y, int64_t c) const { return start + (y + 3) % 3 * size + c / 16 * block + 16; }
     void clear(int64_t y) { std::fill_n(at(y, 0) - 16, size, 0.0f); }

@@ -2,7 +2,10 @@
 #pragma once
 #include <immintrin.h>
 
+#include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "op.h"
 
@@ -12,6 +15,24 @@
 constexpr int64_t bytes(int64_t type) { return type == FP32 ? 4 : type == BF16 ? 2 : 1; }
 
 INLINE __mmask16 tail(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+
+// Memory of this thread's own, from the start of a cache line on, for one purpose: a name. It is not cleared and lasts, since
+// the system clears new memory page by page.
+template <class Purpose, class T = char>
+T* kept(int64_t count) {
+    struct Free {
+        void operator()(void* at) const { std::free(at); }
+    };
+    thread_local std::unique_ptr<void, Free> held;
+    thread_local int64_t size = 0;
+    const int64_t wanted = (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    if (wanted > size) {
+        held.reset(std::aligned_alloc(64, wanted));
+        size = held ? wanted : 0;
+        if (!held) throw std::bad_alloc();
+    }
+    return (T*)held.get();
+}
 
 template <int TYPE>
 INLINE __m512 load(const char* at) {

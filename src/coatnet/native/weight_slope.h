@@ -3,7 +3,6 @@
 // products want them, for both factors; tiles of `out` are shared among threads, so that sums do not depend on them.
 // PACK: weights as products want them.
 #pragma once
-#include <vector>
 
 #include "product.h"
 
@@ -97,25 +96,26 @@ void weight_slope_by(const Op& op, int64_t thread, int64_t threads) {
     const int64_t tiles = (op.width + R - 1) / R, panels = (op.depth + PANEL - 1) / PANEL;
     const bool by_panel = op.width <= op.depth;
     const Share units(by_panel ? tiles * panels : 0, thread, threads), own(by_panel ? 0 : tiles, thread, threads);
-    std::vector<char> rows((by_panel ? tiles : GROUP) * F::TILE_BYTES), columns((by_panel ? 1 : panels) * F::PANEL_BYTES);
+    char* const rows = kept<struct Rows>((by_panel ? tiles : GROUP) * F::TILE_BYTES);
+    char* const columns = kept<struct Columns>((by_panel ? 1 : panels) * F::PANEL_BYTES);
     for (int64_t start = 0; start < op.cells; start += AT_ONCE) {
         const F factors = {op, start, std::min(AT_ONCE, op.cells - start)};
         if (by_panel)
             for (int64_t t = 0; t < tiles; t += GROUP)
-                factors.zip_tiles(t, std::min(t + GROUP, tiles), rows.data() + t * F::TILE_BYTES);
+                factors.zip_tiles(t, std::min(t + GROUP, tiles), rows + t * F::TILE_BYTES);
         else
-            for (int64_t p = 0; p < panels; p++) factors.zip_panel(p, columns.data() + p * F::PANEL_BYTES);
+            for (int64_t p = 0; p < panels; p++) factors.zip_panel(p, columns + p * F::PANEL_BYTES);
         for (int64_t unit = units.first; unit < units.last; unit++) {
             const int64_t panel = unit / tiles, t = unit % tiles;
-            if (unit == units.first || t == 0) factors.zip_panel(panel, columns.data());
-            factors.multiply(t, rows.data() + t * F::TILE_BYTES, panel, columns.data());
+            if (unit == units.first || t == 0) factors.zip_panel(panel, columns);
+            factors.multiply(t, rows + t * F::TILE_BYTES, panel, columns);
         }
         for (int64_t first = own.first; first < own.last; first += GROUP) {
             const int64_t last = std::min(first + GROUP, own.last);
-            factors.zip_tiles(first, last, rows.data());
+            factors.zip_tiles(first, last, rows);
             for (int64_t p = 0; p < panels; p++)
                 for (int64_t t = first; t < last; t++)
-                    factors.multiply(t, rows.data() + (t - first) * F::TILE_BYTES, p, columns.data() + p * F::PANEL_BYTES);
+                    factors.multiply(t, rows + (t - first) * F::TILE_BYTES, p, columns + p * F::PANEL_BYTES);
         }
     }
 }
