@@ -26,11 +26,11 @@ struct Biases {
     int64_t size() const { return (2 * lines - 1) * row; }
     int64_t place(int64_t query) const { return (lines - 1 - query / cells) * row + cells - 1 - query % cells; }
 
-    // The biases of 16 keys; zeros beyond the last.
-    INLINE __m512 of(int64_t key, const float* place) const {
-        __m512 found = _mm512_setzero_ps();
-        for (const Run& run : runs[key / 16]) found = _mm512_mask_loadu_ps(found, run.keys, place + run.at);
-        return found;
+    // Add the biases of 16 keys to their logits.
+    INLINE __m512 added(int64_t key, const float* place, __m512 logits) const {
+        for (const Run& run : runs[key / 16])
+            logits = _mm512_add_ps(logits, _mm512_maskz_loadu_ps(run.keys, place + run.at));
+        return logits;
     }
     INLINE void add(int64_t key, float* place, __m512 values) const {
         for (const Run& run : runs[key / 16])
@@ -68,55 +68,75 @@ void pack_values(const char* values, int64_t stride, int64_t tokens, int64_t pad
         }
 }
 
+// The logits of R queries for a panel of keys, V vectors of which are tokens; `largest` takes part in them.
+template <int TYPE, int R, int V>
+INLINE void match(const Op& op, const char* queries, int64_t stride, const char* keys, const Biases& biases,
+                  const float* const (&places)[R], int64_t token, int64_t padded, float* logits, __m512 (&largest)[R]) {
+    const __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(float(op.head_dim)));
+    typename Dot<TYPE>::Sum sums[R][V];
+    clear<TYPE, R, V>(sums);
+    multiply<TYPE, R>(queries, stride, keys, 1, 0, op.head_dim * bytes(TYPE) / 4, sums);
+#pragma GCC unroll 2
+    for (int half = 0; half < V; half++) {
+        const int64_t first = token + half * 16;
+#pragma GCC unroll 14
+        for (int r = 0; r < R; r++) sums[r][half] = _mm512_mul_ps(sums[r][half], factor);
+        if (op.relative == PRE)
+            for (const Run& run : biases.runs[first / 16])
+#pragma GCC unroll 14
+                for (int r = 0; r < R; r++)
+                    sums[r][half] = _mm512_add_ps(sums[r][half], _mm512_maskz_loadu_ps(run.keys, places[r] + run.at));
+        const __mmask16 mask = tail(op.lines * op.cells - first);
+#pragma GCC unroll 14
+        for (int r = 0; r < R; r++) {
+            largest[r] = _mm512_mask_max_ps(largest[r], mask, largest[r], sums[r][half]);
+            _mm512_storeu_ps(logits + r * padded + first, sums[r][half]);
+        }
+    }
+}
+
+// Call `each(t, keys)` for every 16 tokens; `keys` says which of them there are.
+template <class Each>
+INLINE void each_vector(int64_t tokens, Each each) {
+    int64_t t = 0;
+    for (; t + 16 <= tokens; t += 16) each(t, __mmask16(0xffff));
+    if (t < tokens) each(t, tail(tokens - t));
+}
+
 template <int TYPE, int R>
 void attend(const Op& op, const char* queries, int64_t stride, const char* keys, const char* values, const Biases& biases,
             const float* table, int64_t query, float* logits, char* weights, char* out, int64_t channel) {
     const int64_t tokens = op.lines * op.cells, padded = (tokens + 31) / 32 * 32;
-    const float factor = 1.0f / __builtin_sqrtf(float(op.head_dim));
-    const int64_t words = op.head_dim * bytes(TYPE) / 4;
+    const int64_t panel_bytes = op.head_dim * bytes(TYPE) * 32;
     const float* places[R];
     for (int r = 0; r < R; r++) places[r] = table + biases.place(query + r);
     __m512 largest[R];
 #pragma GCC unroll 14
     for (int r = 0; r < R; r++) largest[r] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    for (int64_t panel = 0; panel < padded / 32; panel++) {
-        __m512 sums[R][2];
-        clear<TYPE, R, 2>(sums);
-        multiply<TYPE, R>(queries, stride, keys + panel * words * 128, 1, 0, words, sums);
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            const int64_t token = panel * 32 + half * 16;
-            const __mmask16 mask = tail(tokens - token);
-            if (!mask) break;
-#pragma GCC unroll 14
-            for (int r = 0; r < R; r++) {
-                __m512 value = _mm512_mul_ps(sums[r][half], _mm512_set1_ps(factor));
-                if (op.relative == PRE) value = _mm512_add_ps(value, biases.of(token, places[r]));
-                largest[r] = _mm512_mask_max_ps(largest[r], mask, largest[r], value);
-                _mm512_storeu_ps(logits + r * padded + token, value);
-            }
-        }
-    }
+    for (int64_t t = 0; t < tokens; t += PANEL, keys += panel_bytes)
+        if (tokens - t > 16)
+            match<TYPE, R, 2>(op, queries, stride, keys, biases, places, t, padded, logits, largest);
+        else
+            match<TYPE, R, 1>(op, queries, stride, keys, biases, places, t, padded, logits, largest);
     float inverse[R];
     for (int r = 0; r < R; r++) {
         float* row = logits + r * padded;
         const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest[r]));
         __m512 total = _mm512_setzero_ps();
-        for (int64_t t = 0; t < tokens; t += 16) {
-            __m512 e = exp16<TYPE == FP32>(_mm512_sub_ps(_mm512_loadu_ps(row + t), top));
-            e = _mm512_maskz_mov_ps(tail(tokens - t), e);
+        each_vector(tokens, [&](int64_t t, __mmask16 mask) INLINE_LAMBDA {
+            const __m512 e = _mm512_maskz_mov_ps(mask, exp16<TYPE == FP32>(_mm512_sub_ps(_mm512_loadu_ps(row + t), top)));
             total = _mm512_add_ps(total, e);
             if (op.relative == POST)
                 _mm512_storeu_ps(row + t, e);
             else  // divided by their sum after the product
                 store<TYPE>(weights + (r * padded + t) * bytes(TYPE), e);
-        }
+        });
         inverse[r] = 1.0f / _mm512_reduce_add_ps(total);
         if (op.relative != POST) continue;
-        for (int64_t t = 0; t < tokens; t += 16) {
-            const __m512 e = _mm512_mul_ps(_mm512_loadu_ps(row + t), _mm512_set1_ps(inverse[r]));
-            store<TYPE>(weights + (r * padded + t) * bytes(TYPE), _mm512_add_ps(e, biases.of(t, places[r])));
-        }
+        each_vector(tokens, [&](int64_t t, __mmask16) INLINE_LAMBDA {
+            const __m512 weight = _mm512_mul_ps(_mm512_loadu_ps(row + t), _mm512_set1_ps(inverse[r]));
+            store<TYPE>(weights + (r * padded + t) * bytes(TYPE), biases.added(t, places[r], weight));
+        });
         inverse[r] = 1.0f;
     }
     for (int64_t d = 0; d < op.head_dim; d += 32) {

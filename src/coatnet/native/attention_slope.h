@@ -89,7 +89,7 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head) 
             __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), total = _mm512_setzero_ps();
             for (int64_t t = 0; t < N; t += 16) {
                 __m512 logit = _mm512_mul_ps(_mm512_loadu_ps(row + t), _mm512_set1_ps(factor));
-                if (op.relative == PRE) logit = _mm512_add_ps(logit, s.biases.of(t, bias));
+                if (op.relative == PRE) logit = s.biases.added(t, bias, logit);
                 largest = _mm512_mask_max_ps(largest, tail(N - t), largest, logit);
                 _mm512_storeu_ps(row + t, logit);
             }

@@ -94,10 +94,11 @@ INLINE void store(int64_t type, char* at, __m512 value, __mmask16 mask = 0xffff)
 // exp for x <= 88: 2^n times a polynomial on half an octave each side. Relative error 2e-7 in fp32, else 1e-4.
 template <bool EXACT>
 INLINE __m512 exp16(__m512 x) {
+    const __m512 magic = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23: after adding it, the low bits are the whole part
     x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);  // ln 2 in two parts, so that n ln 2 is exact
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    const __m512 whole = _mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), magic), n = _mm512_sub_ps(whole, magic);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(EXACT ? 0.693359375f : 0.69314718f), x);
+    if (EXACT) r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);  // ln 2 in two parts, so that n ln 2 is exact
     __m512 p = _mm512_set1_ps(EXACT ? 1.9875691500e-4f : 0.16792160f);
     if (EXACT) {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
@@ -107,7 +108,9 @@ INLINE __m512 exp16(__m512 x) {
     }
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(EXACT ? 0.5f : 0.50502354f));
     p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+    // n is added to the exponent, beside the multiply-adds.
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(whole), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), exponent));
 }
 
 // Turn 16 rows of 16 words of 32 bits: afterwards row i holds word i of each.
