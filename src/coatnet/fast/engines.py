@@ -22,7 +22,7 @@ from coatnet.fast.compiling import compile_for_sizes, many_forms
 from coatnet.fast.cuda_form import Graphed
 from coatnet.fast.folding import fold
 from coatnet.fast.packing import Packing
-from coatnet.fast.plan import Plan, why_not
+from coatnet.fast.plan import HeadPlan, Plan, why_not
 from coatnet.files import private_cache
 from coatnet.model.network import CoAtNet
 
@@ -75,18 +75,22 @@ class _Native(OptimizedModel):
         super().__init__(folded, precision)
         packing = Packing(network=folded, precision=precision, ranges=ranges)
         self.plan = lru_cache(KEPT_SIZES)(lambda *shape: Plan(packing, *shape))
+        self.head = lru_cache(KEPT_SIZES)(lambda count: HeadPlan(packing, count))
         self.turn = threading.Lock()
 
     def _logits(self, images: Tensor) -> Tensor:
+        threads = torch.get_num_threads()
         with self.turn:
-            means = [plan.run(chunk, torch.get_num_threads()).clone() for plan, chunk in self._chunks(images)]
-        return self.folded.forward_pooled(torch.cat(means))
+            means = torch.cat([plan.run(chunk, threads).clone() for plan, chunk in self._chunks(images)])
+            return self.head(len(images)).run(means, threads).clone()
 
     def profile(self, images: Tensor) -> dict[str, float]:
-        found = Counter[str]()
+        found, threads = Counter[str](), torch.get_num_threads()
         with self.turn:
             for plan, chunk in self._chunks(images):
-                found.update(plan.profile(chunk, torch.get_num_threads()))
+                found.update(plan.profile(chunk, threads))
+            means = torch.zeros(len(images), self.folded.num_features)
+            found.update(self.head(len(images)).profile(means, threads))
         return dict(found)
 
     def _chunks(self, images: Tensor) -> Iterator[tuple[Plan, Tensor]]:

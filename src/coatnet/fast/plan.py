@@ -10,33 +10,17 @@ attention is global and its MBConv blocks are normed by BatchNorm; `why_not` say
 from __future__ import annotations
 
 import ctypes
-import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from coatnet import native
 from coatnet.config import ModelConfig
-from coatnet.fast.calibration import Range8
-from coatnet.fast.packing import (
-    PANEL,
-    PER_STEP,
-    TORCH_TYPES,
-    Packed,
-    Packing,
-    bias_by_offset,
-    gates_the_map,
-    padded,
-    panels,
-)
+from coatnet.fast.packing import PANEL, PER_STEP, Packed, Packing, bias_by_offset, gates_the_map, padded, panels
+from coatnet.fast.rows import Map, Rows
 from coatnet.model.attention import Attention, Transformer
 from coatnet.model.layers import PatchStem, Pool
 from coatnet.model.mbconv import MBConv
-
-OVERREAD = 64  # bytes that a vector may reach beyond the last value
-CACHE_LINE, ALIAS = 64, 4096  # bytes; pixels a multiple of ALIAS apart share one set of the first cache
-
 
 def why_not(config: ModelConfig) -> str | None:
     """Return why a network has no plan, or None if it has one."""
@@ -52,52 +36,21 @@ def why_not(config: ModelConfig) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Map:
-    """A batch of maps in memory: (images, lines, cells, channels), and the range where it is in 8 bits."""
+class Plan(Rows):
+    """The operations up to the means over S4's map, for a number of images of one size.
 
-    data: Tensor
-    range8: Range8 | None = None
-
-    @property
-    def type(self) -> str:
-        return next(name for name, dtype in TORCH_TYPES.items() if dtype == self.data.dtype)
-
-    @property
-    def pixel_bytes(self) -> int:
-        return self.data.stride(2) * self.data.element_size()
-
-
-class Plan:
-    """The operations for a number of images of one size, with the buffers they work in.
-
-    `run` takes images (images, C, H, W) float32 in any memory layout and returns the means over S4's map
-    (images, D) float32, which the head turns into logits.
+    `run` takes images (images, C, H, W) float32 in any memory layout and returns the means, (images, D) float32.
     """
 
     def __init__(self, packing: Packing, images: int, height: int, width: int) -> None:
-        self.packing = packing
-        self.images = images
-        self.rows: list[dict[str, int]] = []
-        self.kept: list[Tensor] = []  # whatever the rows point into
-        self.scratch: dict[str, Tensor] = {}
+        super().__init__(packing, images)
         self.means = torch.empty(images, packing.network.num_features)
         self._trace(height, width)
-        self.ops = (native.Op * len(self.rows))(*(native.Op(**row) for row in self.rows))
+        self._close()
 
-    def profile(self, images: Tensor, num_threads: int) -> dict[str, float]:
-        """Carry the plan out; return the seconds that each kind of row took."""
-        seconds, found = (ctypes.c_double * len(self.ops))(), dict[str, float]()
-        self.run(images, num_threads, seconds)
-        kinds = {number: kind for kind, number in native.KINDS.items()}
-        for op, took_s in zip(self.ops, seconds, strict=True):
-            found[kinds[op.kind]] = found.get(kinds[op.kind], 0) + took_s
-        return found
-
-    def run(self, images: Tensor, num_threads: int, seconds: ctypes.Array[ctypes.c_double] | None = None) -> Tensor:
-        """Carry the plan out. The result is overwritten by the next run."""
+    def run(self, given: Tensor, num_threads: int, seconds: ctypes.Array[ctypes.c_double] | None = None) -> Tensor:
         first = self.ops[0]
-        images = native.within_reach(images, first.kernel)
+        images = native.within_reach(given, first.kernel)
         strides = [4 * step for step in images.stride()]
         first.source = images.data_ptr()
         first.source_image, first.source_channel, first.source_line, first.source_cell = strides
@@ -150,13 +103,13 @@ class Plan:
     def _transformer(self, block: Transformer, x: Map) -> Map:
         attention = block.attention
         assert isinstance(attention, Attention)
-        normed = self._norm(block.attention_norm, x, attention.qkv)
+        normed = self._norm(block.attention_norm, x, self.packing.range_into(attention.qkv))
         if isinstance(block.pool, Pool):
             normed = self._pool(normed)
         queries = self._product("queries", normed, attention.qkv)
         mixed = self._attend(attention, queries)
         x = self._product("x", mixed, attention.project, residual=self._shortcut(block.shortcut, x))
-        normed = self._norm(block.ffn_norm, x, block.ffn[0])
+        normed = self._norm(block.ffn_norm, x, self.packing.range_into(block.ffn[0]))
         fed = self._product("fed", normed, block.ffn[0], into=block.ffn[2])
         return self._product("x", fed, block.ffn[2], residual=x)
 
@@ -170,45 +123,6 @@ class Plan:
         return x
 
     # The rows
-
-    def _product(
-        self,
-        name: str,
-        source: Map,
-        module: nn.Module,
-        *,
-        into: nn.Module | None = None,
-        residual: Map | None = None,
-        weights: Packed | None = None,
-        unfolded: bool = False,
-    ) -> Map:
-        """Multiply, then GELU where another product or convolution follows: `into`, which may take 8 bits.
-
-        What goes into a 3x3 convolution gets a border of one pixel of zeros. A residual's map is written over.
-        """
-        _, in_lines, in_cells, channels = source.data.shape
-        packed = weights or self.packing.product(module, source.type)
-        segments, stride = (1, 1) if unfolded or isinstance(module, nn.Linear) else (packed.segments, module.stride[0])
-        size = tuple(-(-(cells - segments + 1) // stride) for cells in (in_lines, in_cells))
-        range8 = self.packing.range_into(into) if into is not None else None
-        border = 1 if isinstance(into, nn.Conv2d) and into.groups == 1 and into.kernel_size[0] == 3 else 0
-        num_out = module.weight.shape[0]
-        into_product = isinstance(into, nn.Linear)
-        out = residual or self._map(name, size, num_out, self._type(range8), range8, border, spread=into_product)
-        images, (lines, cells) = self.images, size
-        if stride == 1 and segments == 1 and border == 0:  # pixel after pixel, whatever line or image they are of
-            images, lines, cells = (images, 1, lines * cells) if weights else (1, 1, images * lines * cells)
-        line_bytes, out_line_bytes = (made.data.shape[2] * made.pixel_bytes for made in (source, out))
-        self._add(
-            "PRODUCT", source, out.data[:, border:, border:], images=images, lines=lines, cells=cells, width=num_out,
-            range8=out.range8, depth=channels * segments, segments=segments, segment_stride=line_bytes,
-            source_image=in_lines * line_bytes, source_line=line_bytes * stride,
-            source_cell=source.pixel_bytes * stride, out_image=out.data.shape[1] * out_line_bytes,
-            out_line=out_line_bytes, out_cell=out.pixel_bytes, weight=packed.data, bias=packed.bias, scale=packed.scale,
-            weight_image=packed.data[0].nbytes if weights else 0, act=native.ACTS["LINEAR" if into is None else "GELU"],
-            residual=residual.data if residual else 0,
-        )  # fmt: skip
-        return out
 
     def _depthwise(self, source: Map, block: MBConv) -> tuple[Map, Tensor]:
         conv = block.depthwise
@@ -275,16 +189,6 @@ class Plan:
         )
         return out
 
-    def _norm(self, norm: nn.Module, source: Map, into: nn.Module) -> Map:
-        _, lines, cells, channels = source.data.shape
-        range8 = self.packing.range_into(into)
-        out = self._map("normed", (lines, cells), channels, self._type(range8), range8)
-        self._add(
-            "NORM", source, out.data, lines=lines, cells=cells, width=channels, scale=self._keep(norm.weight),
-            bias=self._keep(norm.bias), range8=range8,
-        )  # fmt: skip
-        return out
-
     def _attend(self, attention: Attention, queries: Map) -> Map:
         _, lines, cells, channels = queries.data.shape
         range8 = self.packing.range_into(attention.project)
@@ -310,63 +214,28 @@ class Plan:
         self._add("CONVERT", source, out.data, lines=lines, cells=cells, width=channels, range8=range8)
         return out
 
-    # Memory and rows
 
-    def _type(self, range8: Range8 | None) -> str:
-        return "UINT8" if range8 is not None else self.packing.type
+class HeadPlan(Rows):
+    """The operations from the means of so many images to their logits: LayerNorm, Dense + tanh, classifier.
 
-    def _map(
-        self,
-        name: str,
-        size: tuple[int, ...],
-        channels: int,
-        type_: str,
-        range8: Range8 | None = None,
-        border: int = 0,
-        *,
-        spread: bool = False,
-    ) -> Map:
-        """Return a map, with a border in pixels; `spread` where only products read it, which take any stride."""
-        dtype = TORCH_TYPES[type_]
-        apart = CACHE_LINE // dtype.itemsize if spread and channels * dtype.itemsize % ALIAS == 0 else 0
-        shape = (self.images, size[0] + 2 * border, size[1] + 2 * border, channels + apart)
-        data = self._buffer(name, shape, dtype)[..., :channels]
-        if border:
-            data.copy_(range8.zero if range8 else torch.zeros(()))
-        return Map(data, range8)
+    They take all images at once: the weights are half of what an image's last stage reads. 8 bits stay out of them.
+    `run` takes means (images, D) float32 and returns logits (images, K) float32.
+    """
 
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return memory that the next request by the same name overwrites: what is warm in the caches stays so."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if name not in self.scratch or len(self.scratch[name]) < num_bytes:
-            self.scratch[name] = self._keep(torch.empty(num_bytes + OVERREAD, dtype=torch.uint8))
-        return self.scratch[name][:num_bytes].view(dtype).view(shape)
+    def __init__(self, packing: Packing, images: int) -> None:
+        super().__init__(packing, images)
+        network = packing.network
+        means = torch.empty(images, 1, 1, network.num_features)  # `run` gives others of this shape
+        self.logits = torch.empty(images, 1, 1, network.config.num_classes)
+        x = self._norm(network.norm, Map(means))
+        if network.pre_logits is not None:
+            x = self._product("dense", x, network.pre_logits)
+            self._add("TANH", x, x.data, width=x.data.shape[3])
+        self._product("logits", x, network.classifier, out=Map(self.logits))
+        self._close()
 
-    def _keep(self, tensor: Tensor) -> Tensor:
-        """Hold what a row points to, as the kernels read it: contiguous."""
-        self.kept.append(tensor.detach().contiguous())
-        return self.kept[-1]
-
-    def _add(
-        self, kind: str, source: Map, out: Tensor, *, range8: Range8 | None = None, **fields: Tensor | int
-    ) -> None:
-        """Add a row that turns one map into another."""
-        if range8 is not None:
-            fields["out_scale"], fields["out_zero"] = self._keep(1 / range8.step), self._keep(range8.zero)
-        out_type = next(name for name, dtype in TORCH_TYPES.items() if dtype == out.dtype)
-        fields = {"images": self.images, **fields}
-        self._row(
-            kind, type=native.TYPES[source.type], out_type=native.TYPES[out_type], source=source.data, out=out, **fields
-        )
-
-    def _row(self, kind: str, **fields: Tensor | int | str) -> None:
-        """Add a row; tensors stand for their addresses, names of types for their numbers."""
-        values = {
-            name: value.data_ptr()
-            if isinstance(value, Tensor)
-            else native.TYPES[value]
-            if isinstance(value, str)
-            else value
-            for name, value in fields.items()
-        }
-        self.rows.append({"kind": native.KINDS[kind], **values})
+    def run(self, given: Tensor, num_threads: int, seconds: ctypes.Array[ctypes.c_double] | None = None) -> Tensor:
+        means = given.contiguous()
+        self.ops[0].source = means.data_ptr()
+        native.run(self.ops, num_threads, seconds)
+        return self.logits[:, 0, 0]

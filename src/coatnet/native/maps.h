@@ -6,35 +6,41 @@
 #include "product.h"
 
 // UNFOLD: the patches of an fp32 picture, in any memory layout, as rows of (line, column, channel) values, zeros beyond
-// its edge and after the last. `kernel` px, `stride` px; the first patch starts `padding` px before the edge.
+// its edge and after the last. `kernel` px, `stride` px; the first patch starts `padding` px before the edge. Each line
+// of the picture is brought into the order of pixels once, between zeros; a patch is `kernel` runs of such lines.
 template <int OUT>
 void unfold(const Op& op, int64_t thread, int64_t threads) {
+    const int64_t C = op.depth, run = op.kernel * C, before = op.padding * C;  // values
+    const int64_t count = (op.in_cells + op.padding + op.kernel + op.stride) * C + 32;
+    float* const lines = kept<struct Unfolded, float>(op.kernel * count);
+    std::fill_n(lines, op.kernel * count, 0.0f);
+    std::vector<int> offsets(op.in_cells * C + 16);
+    for (int64_t i = 0; i < op.in_cells * C; i++) offsets[i] = i / C * op.source_cell + i % C * op.source_channel;
+    auto arrange = [&](int64_t image, int64_t y, float* to) {
+        if (y < 0 || y >= op.in_lines) {
+            std::fill_n(to + before, op.in_cells * C, 0.0f);
+            return;
+        }
+        const char* from = op.source + image * op.source_image + y * op.source_line;
+        for (int64_t i = 0; i < op.in_cells * C; i += 16) {
+            const __mmask16 mask = tail(op.in_cells * C - i);
+            const __m512i places = _mm512_loadu_si512(&offsets[i]);
+            _mm512_mask_storeu_ps(to + before + i, mask,
+                                  _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, places, from, 1));
+        }
+    };
     const Share share(op.images * op.lines, thread, threads);
-    const int64_t count = op.kernel * op.kernel * op.depth;
-    std::vector<int> offsets(count + 16), rows(count + 16), columns(count + 16);
-    for (int64_t i = 0; i < count; i++) {
-        rows[i] = i / op.depth / op.kernel, columns[i] = i / op.depth % op.kernel;
-        offsets[i] = rows[i] * op.source_line + columns[i] * op.source_cell + i % op.depth * op.source_channel;
-    }
-    const __m512i first = _mm512_set1_epi32(0);
     for (int64_t unit = share.first; unit < share.last; unit++) {
-        const int64_t image = unit / op.lines, top = unit % op.lines * op.stride - op.padding;
+        for (int64_t k = 0; k < op.kernel; k++)
+            arrange(unit / op.lines, unit % op.lines * op.stride - op.padding + k, lines + k * count);
         for (int64_t x = 0; x < op.cells; x++) {
-            const int64_t left = x * op.stride - op.padding;
-            const char* corner = op.source + image * op.source_image + top * op.source_line + left * op.source_cell;
             char* out = op.out + (unit * op.cells + x) * op.width * bytes(OUT);
-            for (int64_t i = 0; i < op.width; i += 16) {
-                const __m512i y16 = _mm512_add_epi32(_mm512_loadu_si512(&rows[i]), _mm512_set1_epi32(int(top)));
-                const __m512i x16 = _mm512_add_epi32(_mm512_loadu_si512(&columns[i]), _mm512_set1_epi32(int(left)));
-                __mmask16 inside = tail(count - i);
-                inside = _mm512_mask_cmpge_epi32_mask(inside, y16, first);
-                inside = _mm512_mask_cmpge_epi32_mask(inside, x16, first);
-                inside = _mm512_mask_cmplt_epi32_mask(inside, y16, _mm512_set1_epi32(int(op.in_lines)));
-                inside = _mm512_mask_cmplt_epi32_mask(inside, x16, _mm512_set1_epi32(int(op.in_cells)));
-                const __m512 value = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), inside,
-                                                              _mm512_loadu_si512(&offsets[i]), corner, 1);
-                store<OUT>(out + i * bytes(OUT), value, tail(op.width - i));
-            }
+            for (int64_t k = 0; k < op.kernel; k++)
+                for (int64_t i = 0; i < run; i += 16)
+                    store<OUT>(out + (k * run + i) * bytes(OUT),
+                               _mm512_loadu_ps(lines + k * count + x * op.stride * C + i), tail(run - i));
+            for (int64_t i = op.kernel * run; i < op.width; i += 16)
+                store<OUT>(out + i * bytes(OUT), _mm512_setzero_ps(), tail(op.width - i));
         }
     }
 }
@@ -191,5 +197,20 @@ void mean(const Op& op, int64_t thread, int64_t threads) {
                 total = _mm512_add_ps(
                     total, load<TYPE>(op.source + ((image * pixels + p) * op.width + c) * bytes(TYPE), mask));
             store<FP32>(op.out + (image * op.width + c) * 4, _mm512_div_ps(total, _mm512_set1_ps(float(pixels))), mask);
+        }
+}
+
+// TANH of each value, 1 - 2 / (exp(2 x) + 1).
+template <int TYPE>
+void tanh_map(const Op& op, int64_t thread, int64_t threads) {
+    const Share share(op.images, thread, threads);
+    const __m512 one = _mm512_set1_ps(1.0f), two = _mm512_set1_ps(2.0f);
+    for (int64_t image = share.first; image < share.last; image++)
+        for (int64_t c = 0; c < op.width; c += 16) {
+            const __mmask16 mask = tail(op.width - c);
+            const int64_t at = (image * op.width + c) * bytes(TYPE);
+            const __m512 doubled = _mm512_mul_ps(load<TYPE>(op.source + at, mask), two);
+            const __m512 e = exp16<TYPE == FP32>(_mm512_min_ps(doubled, _mm512_set1_ps(80.0f)));
+            store<TYPE>(op.out + at, _mm512_sub_ps(one, _mm512_div_ps(two, _mm512_add_ps(e, one))), mask);
         }
 }

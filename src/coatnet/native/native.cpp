@@ -33,6 +33,7 @@ void carry_out(const Op& op, int64_t thread, int64_t threads) {
             return op.out_type == FP32 ? unfold<FP32>(op, thread, threads) : unfold<BF16>(op, thread, threads);
         case PRODUCT:
             if (op.type == FP32) return product<FP32, FP32>(op, thread, threads);
+            if (op.type == BF16 && op.out_type == FP32) return product<BF16, FP32>(op, thread, threads);
             if (op.type == BF16)
                 return op.out_type == BF16 ? product<BF16, BF16>(op, thread, threads)
                                            : product<BF16, UINT8>(op, thread, threads);
@@ -60,6 +61,8 @@ void carry_out(const Op& op, int64_t thread, int64_t threads) {
             return convert<BF16>(op, thread, threads);
         case MEAN:
             return op.type == FP32 ? mean<FP32>(op, thread, threads) : mean<BF16>(op, thread, threads);
+        case TANH:
+            return op.type == FP32 ? tanh_map<FP32>(op, thread, threads) : tanh_map<BF16>(op, thread, threads);
         case MOMENTS:
             return moments(op, thread, threads);
         case ACTED_DEPTHWISE:
