@@ -36,9 +36,13 @@ void unfold(const Op& op, int64_t thread, int64_t threads) {
         for (int64_t x = 0; x < op.cells; x++) {
             char* out = op.out + (unit * op.cells + x) * op.width * bytes(OUT);
             for (int64_t k = 0; k < op.kernel; k++)
-                for (int64_t i = 0; i < run; i += 16)
-                    store<OUT>(out + (k * run + i) * bytes(OUT),
-                               _mm512_loadu_ps(lines + k * count + x * op.stride * C + i), tail(run - i));
+                for (int64_t i = 0; i < run; i += 16) {
+                    // Whole vectors but at the end: what they reach beyond a run is written over by the next one.
+                    const int64_t at = k * run + i;
+                    const __mmask16 stored = at + 16 <= op.width || x + 1 < op.cells ? 0xffff : tail(op.width - at);
+                    const __m512 values = _mm512_maskz_loadu_ps(tail(run - i), lines + k * count + x * op.stride * C + i);
+                    store<OUT>(out + at * bytes(OUT), values, stored);
+                }
             for (int64_t i = op.kernel * run; i < op.width; i += 16)
                 store<OUT>(out + i * bytes(OUT), _mm512_setzero_ps(), tail(op.width - i));
         }
