@@ -37,7 +37,7 @@ constexpr int64_t SPAN = 512;  // channels whose sums and factors stay in the fi
 // Call `pixel(channels, at)` for every 16 channels of every pixel, `at` bytes into any of the maps. Memory is walked in its
 // order, a span of channels at a time: crosswise, each cache line would be waited for and come twice.
 template <Sums SUMS, bool NORMED, class Pixel>
-INLINE void each_pixel(const Op& op, int64_t thread, int64_t threads, Pixel pixel) {
+INLINE void each_pixel(const Op op, int64_t thread, int64_t threads, Pixel pixel) {
     const Share share(op.images * op.lines, thread, threads);
     for (int64_t line = share.first; line < share.last; line++) {
         const int64_t image = line / op.lines, start = line * line_bytes(op);
@@ -63,7 +63,7 @@ INLINE void each_pixel(const Op& op, int64_t thread, int64_t threads, Pixel pixe
 }
 
 // MOMENTS: the sums of source and of its square.
-inline void moments(const Op& op, int64_t thread, int64_t threads) {
+inline void moments(const Op op, int64_t thread, int64_t threads) {
     each_pixel<TWO_SUMS, false>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
         const __m512 h = s.read(op.source, at);
         s.sum = _mm512_add_ps(s.sum, h);
@@ -72,7 +72,7 @@ inline void moments(const Op& op, int64_t thread, int64_t threads) {
 }
 
 // ACTED: out = gelu(factor * source + shift), and its sums.
-inline void acted(const Op& op, int64_t thread, int64_t threads) {
+inline void acted(const Op op, int64_t thread, int64_t threads) {
     each_pixel<ONE_SUM, true>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
         const __m512 a = gelu<false>(s.normed(s.read(op.source, at)));
         s.sum = _mm512_add_ps(s.sum, a);
@@ -81,7 +81,7 @@ inline void acted(const Op& op, int64_t thread, int64_t threads) {
 }
 
 // GATE_SLOPE: the sums of gradient * a, where a = gelu(factor * source + shift).
-inline void gate_slope(const Op& op, int64_t thread, int64_t threads) {
+inline void gate_slope(const Op op, int64_t thread, int64_t threads) {
     each_pixel<ONE_SUM, true>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
         const __m512 a = gelu<false>(s.normed(s.read(op.source, at)));
         s.sum = _mm512_fmadd_ps(s.read(op.gradient, at), a, s.sum);
@@ -90,7 +90,7 @@ inline void gate_slope(const Op& op, int64_t thread, int64_t threads) {
 
 // ACTED_SLOPE: with z = factor * source + shift, a = gelu(z): the gradient of z, (gradient * gate + mean_slope) *
 // gelu'(z), over the gradient itself; its sums, alone and times source; and out = a * gate.
-inline void acted_slope(const Op& op, int64_t thread, int64_t threads) {
+inline void acted_slope(const Op op, int64_t thread, int64_t threads) {
     each_pixel<TWO_SUMS, true>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
         const __m512 gate = by_channel(op.gates + s.image * op.width, s.first, s.mask);
         const __m512 mean_slope = by_channel(op.mean_slopes + s.image * op.width, s.first, s.mask);
@@ -138,7 +138,7 @@ INLINE void fetch_line(const char* line, int64_t num_bytes) {
 }
 
 // ACTED_DEPTHWISE: out = 3x3 depthwise convolution of gelu(factor * source + shift), and the moments of out.
-inline void acted_depthwise(const Op& op, int64_t thread, int64_t threads) {
+inline void acted_depthwise(const Op op, int64_t thread, int64_t threads) {
     const int64_t strips = (op.lines + STRIP - 1) / STRIP;
     const Share share(op.images * strips, thread, threads);
     const float* weights = (const float*)op.weight;
@@ -198,7 +198,7 @@ INLINE __m512 mixture(const Op& op, __m512 a, __m512 b, int64_t c, __mmask16 mas
 // DEPTHWISE_SLOPE: the way back through ACTED_DEPTHWISE. The gradient of its output is mix0 * gradient + mix1 * residual
 // + mix2 (BatchNorm's backward; `residual` is that output). Gives the gradient of z = factor * source + shift, its sums,
 // alone and times source, and those of the weights, (strips, 9, width).
-inline void depthwise_slope(const Op& op, int64_t thread, int64_t threads) {
+inline void depthwise_slope(const Op op, int64_t thread, int64_t threads) {
     const int64_t strips = (op.lines + STRIP - 1) / STRIP;
     const Share share(op.images * strips, thread, threads);
     const float* weights = (const float*)op.weight;
@@ -260,7 +260,7 @@ inline void depthwise_slope(const Op& op, int64_t thread, int64_t threads) {
 }
 
 // MIXED: out = mix0 * gradient + mix1 * source + mix2.
-inline void mixed(const Op& op, int64_t thread, int64_t threads) {
+inline void mixed(const Op op, int64_t thread, int64_t threads) {
     each_pixel<NO_SUMS, false>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
         store<BF16>(op.out + at, mixture(op, s.read(op.gradient, at), s.read(op.source, at), s.first, s.mask), s.mask);
     });
