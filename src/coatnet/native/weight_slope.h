@@ -6,9 +6,9 @@
 
 #include "product.h"
 
-constexpr int64_t AT_ONCE = 512;  // pixels: sums are kept in registers while so many pass, and their pairs in the caches
+constexpr int64_t AT_ONCE = 392;  // pixels: sums are kept in registers while so many pass, and their pairs in the caches; divides 28 x 28
 constexpr int64_t FETCH = 64;     // pixels ahead: a map is read crosswise here, which no processor foresees
-constexpr int64_t GROUP = 8;      // tiles
+constexpr int64_t TILES = 8, PANELS = 3;  // zipped at once: 192 bytes of a pixel
 
 // Side by side in 32 bits: channels `first` to `first` + 15 of two pixels.
 template <int FIRST>
@@ -44,7 +44,7 @@ struct Factors {
     // A line more than they hold, so that what is written side by side falls into different sets of the first cache.
     static constexpr int64_t TILE_BYTES = AT_ONCE / 2 * 4 * R + 64, PANEL_BYTES = AT_ONCE / 2 * 128 + 64;
 
-    // Pairs of R channels for each tile from `first` on, a group at most: cache lines hold parts of several.
+    // Pairs of R channels for each tile from `first` on: cache lines hold parts of several.
     void zip_tiles(int64_t first, int64_t last, char* out) const {
         const char* map = op.gradient + 2 * (start * op.width + first * R);
         const int64_t whole = std::min(last, op.width / R);
@@ -57,14 +57,16 @@ struct Factors {
             if (whole < last) pair(whole - first, tail(op.width - whole * R));
         });
     }
-    void zip_panel(int64_t panel, char* out) const {
-        const int64_t column = panel * PANEL;
-        const __mmask32 channels = tail(op.depth - column) | __mmask32(tail(op.depth - column - 16)) << 16;
-        const char* map = op.source + start * op.source_cell + 2 * column;
-        each_pair(map, op.source_cell, 64, [&](const char* even, const char* odd, int64_t step) INLINE_LAMBDA {
-            const __m512i a = read(even, 0, channels), b = read(odd, 0, channels);
-            _mm512_storeu_si512(out + 128 * step, zip<0>(a, b));
-            _mm512_storeu_si512(out + 128 * step + 64, zip<16>(a, b));
+    void zip_panels(int64_t first, int64_t last, char* out) const {
+        const char* map = op.source + start * op.source_cell + 2 * first * PANEL;
+        each_pair(map, op.source_cell, 2 * PANEL * (last - first), [&](const char* even, const char* odd, int64_t step) INLINE_LAMBDA {
+            for (int64_t p = 0; p < last - first; p++) {
+                const int64_t left = op.depth - (first + p) * PANEL;
+                const __mmask32 channels = left >= PANEL ? ~0u : (1u << left) - 1;
+                const __m512i a = read(even, p * PANEL, channels), b = read(odd, p * PANEL, channels);
+                _mm512_storeu_si512(out + p * PANEL_BYTES + 128 * step, zip<0>(a, b));
+                _mm512_storeu_si512(out + p * PANEL_BYTES + 128 * step + 64, zip<16>(a, b));
+            }
         });
     }
     // Call `put(even, odd, step)` for each two pixels; the odd one is null after the last.
@@ -95,27 +97,32 @@ void weight_slope_by(const Op& op, int64_t thread, int64_t threads) {
     using F = Factors<R>;
     const int64_t tiles = (op.width + R - 1) / R, panels = (op.depth + PANEL - 1) / PANEL;
     const bool by_panel = op.width <= op.depth;
-    const Share units(by_panel ? tiles * panels : 0, thread, threads), own(by_panel ? 0 : tiles, thread, threads);
-    char* const rows = kept<struct Rows>((by_panel ? tiles : GROUP) * F::TILE_BYTES);
-    char* const columns = kept<struct Columns>((by_panel ? 1 : panels) * F::PANEL_BYTES);
+    char* const rows = kept<struct Rows>((by_panel ? tiles : TILES) * F::TILE_BYTES);
+    char* const columns = kept<struct Columns>((by_panel ? PANELS : panels) * F::PANEL_BYTES);
     for (int64_t start = 0; start < op.cells; start += AT_ONCE) {
         const F factors = {op, start, std::min(AT_ONCE, op.cells - start)};
-        if (by_panel)
-            for (int64_t t = 0; t < tiles; t += GROUP)
-                factors.zip_tiles(t, std::min(t + GROUP, tiles), rows + t * F::TILE_BYTES);
-        else
-            for (int64_t p = 0; p < panels; p++) factors.zip_panel(p, columns + p * F::PANEL_BYTES);
-        for (int64_t unit = units.first; unit < units.last; unit++) {
-            const int64_t panel = unit / tiles, t = unit % tiles;
-            if (unit == units.first || t == 0) factors.zip_panel(panel, columns);
-            factors.multiply(t, rows + t * F::TILE_BYTES, panel, columns);
-        }
-        for (int64_t first = own.first; first < own.last; first += GROUP) {
-            const int64_t last = std::min(first + GROUP, own.last);
-            factors.zip_tiles(first, last, rows);
-            for (int64_t p = 0; p < panels; p++)
-                for (int64_t t = first; t < last; t++)
-                    factors.multiply(t, rows + (t - first) * F::TILE_BYTES, p, columns + p * F::PANEL_BYTES);
+        if (by_panel) {
+            const Share own(tiles * panels, thread, threads);
+            for (int64_t t = 0; t < tiles; t += TILES)
+                factors.zip_tiles(t, std::min(t + TILES, tiles), rows + t * F::TILE_BYTES);
+            for (int64_t first = own.first / tiles; first * tiles < own.last; first += PANELS) {
+                const int64_t last = std::min(first + PANELS, (own.last + tiles - 1) / tiles);
+                factors.zip_panels(first, last, columns);
+                for (int64_t p = first; p < last; p++)
+                    for (int64_t t = std::max<int64_t>(0, own.first - p * tiles); t < std::min(tiles, own.last - p * tiles); t++)
+                        factors.multiply(t, rows + t * F::TILE_BYTES, p, columns + (p - first) * F::PANEL_BYTES);
+            }
+        } else {
+            const Share own(tiles, thread, threads);
+            for (int64_t p = 0; p < panels; p += PANELS)
+                factors.zip_panels(p, std::min(p + PANELS, panels), columns + p * F::PANEL_BYTES);
+            for (int64_t first = own.first; first < own.last; first += TILES) {
+                const int64_t last = std::min(first + TILES, own.last);
+                factors.zip_tiles(first, last, rows);
+                for (int64_t p = 0; p < panels; p++)
+                    for (int64_t t = first; t < last; t++)
+                        factors.multiply(t, rows + (t - first) * F::TILE_BYTES, p, columns + p * F::PANEL_BYTES);
+            }
         }
     }
 }
