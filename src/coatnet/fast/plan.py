@@ -22,6 +22,11 @@ from coatnet.model.attention import Attention, Transformer
 from coatnet.model.layers import PatchStem, Pool
 from coatnet.model.mbconv import MBConv
 
+
+# Steps of K that the head sums at once. Its errors go straight into the logits, and long sums round more than short ones.
+HEAD_PART = 128
+
+
 def why_not(config: ModelConfig) -> str | None:
     """Return why a network has no plan, or None if it has one."""
     if config.blocks != "paper":
@@ -229,9 +234,9 @@ class HeadPlan(Rows):
         self.logits = torch.empty(images, 1, 1, network.config.num_classes)
         x = self._norm(network.norm, Map(means))
         if network.pre_logits is not None:
-            x = self._product("dense", x, network.pre_logits)
+            x = self._product("dense", x, network.pre_logits, part=HEAD_PART)
             self._add("TANH", x, x.data, width=x.data.shape[3])
-        self._product("logits", x, network.classifier, out=Map(self.logits))
+        self._product("logits", x, network.classifier, out=Map(self.logits), part=HEAD_PART)
         self._close()
 
     def run(self, given: Tensor, num_threads: int, seconds: ctypes.Array[ctypes.c_double] | None = None) -> Tensor:

@@ -78,11 +78,12 @@ class Rows(ABC):
         weights: Packed | None = None,
         unfolded: bool = False,
         out: Map | None = None,
+        part: int = 0,
     ) -> Map:
         """Multiply, then GELU where another product or convolution follows: `into`, which may take 8 bits.
 
         What goes into a 3x3 convolution gets a border of one pixel of zeros. A residual's map is written over. The
-        result lies in `out`, where that is given.
+        result lies in `out`, where that is given. `part` steps of K are summed by themselves, if it is more than 0.
         """
         _, in_lines, in_cells, channels = source.data.shape
         packed = weights or self.packing.product(module, source.type)
@@ -104,7 +105,7 @@ class Rows(ABC):
             source_cell=source.pixel_bytes * stride, out_image=out.data.shape[1] * out_line_bytes,
             out_line=out_line_bytes, out_cell=out.pixel_bytes, weight=packed.data, bias=packed.bias, scale=packed.scale,
             weight_image=packed.data[0].nbytes if weights else 0, act=native.ACTS["LINEAR" if into is None else "GELU"],
-            residual=residual.data if residual else 0,
+            residual=residual.data if residual else 0, part=part,
         )  # fmt: skip
         return out
 

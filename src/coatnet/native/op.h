@@ -21,6 +21,7 @@ struct Op {
     int64_t source_image, source_line, source_cell, source_channel;
     int64_t out_image, out_line, out_cell;
     int64_t segments, segment_stride;       // PRODUCT: K in so many runs (a 3x3 convolution has three)
+    int64_t part;                           // PRODUCT: > 0 where so many steps of K are summed by themselves
     int64_t weight_image;                   // PRODUCT: > 0 where each image has weights, scales and biases of its own
     int64_t heads, head_dim, relative;      // ATTENTION
     const char *source, *weight, *residual; // residual lies as the output does

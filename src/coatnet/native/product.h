@@ -20,6 +20,7 @@ struct Dot {
         if constexpr (TYPE == FP32) return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(w), sum);
         return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)w);
     }
+    static INLINE Sum join(Sum a, Sum b) { return _mm512_add_ps(a, b); }
     static INLINE __m512 real(Sum sum) { return sum; }
 };
 
@@ -32,6 +33,7 @@ struct Dot<UINT8> {
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(w));  // gcc 12 passes the intrinsic's sums through memory
         return sum;
     }
+    static INLINE Sum join(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
     static INLINE __m512 real(Sum sum) { return _mm512_cvtepi32_ps(sum); }
 };
 
@@ -42,13 +44,14 @@ INLINE void clear(typename Dot<TYPE>::Sum (&sums)[R][V]) {
         for (int half = 0; half < V; half++) sums[r][half] = Dot<TYPE>::zero();
 }
 
-// Sums to and from memory, vector by vector: what memcpy has touched gcc leaves in memory.
+// Sums to memory, and added from there, vector by vector: what memcpy has touched gcc leaves in memory.
 template <int TYPE, int R, int V>
-INLINE void restore(typename Dot<TYPE>::Sum (&sums)[R][V], const char* kept) {
+INLINE void join(typename Dot<TYPE>::Sum (&sums)[R][V], const char* kept) {
 #pragma GCC unroll 14
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
-        for (int half = 0; half < V; half++) sums[r][half] = Dot<TYPE>::load(kept + 64 * (V * r + half));
+        for (int half = 0; half < V; half++)
+            sums[r][half] = Dot<TYPE>::join(sums[r][half], Dot<TYPE>::load(kept + 64 * (V * r + half)));
 }
 
 template <int TYPE, int R, int V>
@@ -100,7 +103,7 @@ INLINE __m512 finish(const Op& op, __m512 sum, __m512 scale, __m512 bias, const 
     return value;
 }
 
-// Where a long K is done in parts: which part this is, and the sums between two of them.
+// Where a long K is done in parts: which part this is, and the sums of those before.
 struct Part {
     bool first, last;
     char* sums;  // of a tile's row: 128 bytes
@@ -111,14 +114,12 @@ template <int TYPE, int OUT, int R, int V>
 void tile(const Op& op, const char* a, const char* w, int64_t steps, const Part& part, const float* scale,
           const float* bias, int64_t column, char* out, const char* residual, Ahead& ahead) {
     typename Dot<TYPE>::Sum sums[R][V];
-    if (part.first)
-        clear<TYPE, R, V>(sums);
-    else
-        restore<TYPE, R, V>(sums, part.sums);
+    clear<TYPE, R, V>(sums);
     if (ahead.at < ahead.end)
         multiply<TYPE, R, true>(a, op.source_cell, w, op.segments, op.segment_stride, steps, sums, &ahead);
     else
         multiply<TYPE, R>(a, op.source_cell, w, op.segments, op.segment_stride, steps, sums);
+    if (!part.first) join<TYPE, R, V>(sums, part.sums);
     if (!part.last) {
         keep<TYPE, R, V>(sums, part.sums);
         return;
@@ -186,7 +187,7 @@ void product(const Op& op, int64_t thread, int64_t threads) {
     const bool by_panel = panels * panel_bytes > num_tiles * ROWS * row_bytes && panels >= threads;
     const Share columns = by_panel ? Share(panels, thread, threads) : Share(panels, 0, 1);
     const Share rows = by_panel ? Share(num_tiles, 0, 1) : Share(num_tiles, thread, threads);
-    const int64_t part_steps = op.segments == 1 ? std::min(steps, PART_STEPS) : steps;
+    const int64_t part_steps = op.segments == 1 ? std::min(steps, op.part ? op.part : PART_STEPS) : steps;
     const int64_t group = std::max<int64_t>(1, ROWS_BYTES / (ROWS * op.segments * part_steps * 4));
     const bool is_big = panels * panel_bytes > BIG_BYTES && !op.weight_image;
     char* const between = kept<struct Between>(part_steps < steps ? group * ROWS * (columns.last - columns.first) * 128 : 0);
