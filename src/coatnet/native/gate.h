@@ -6,13 +6,17 @@
 #include "product.h"
 
 // GATE: sums (B, lines, C) -> sigmoid(excite . silu(squeeze . mean)) into out, (B, C) fp32. squeeze is (S, C), excite
-// (S, C) too, transposed; S is `width`, C is `depth`.
+// (S, C) too, transposed; S is `width`, C is `depth`. Where there are more threads than images, several work on one: each
+// squeezes for itself and excites its share of channels.
 inline void gate(const Op& op, int64_t thread, int64_t threads) {
-    const Share share(op.images, thread, threads);
-    const int64_t C = op.depth, S = op.width;
-    std::vector<float> means(C + 16), squeezed(S);
-    for (int64_t image = share.first; image < share.last; image++) {
-        const __m512 pixels = _mm512_set1_ps(float(op.lines * op.cells));
+    const int64_t C = op.depth, S = op.width, vectors = (C + 15) / 16;
+    const int64_t parts = op.images < threads ? std::min((threads + op.images - 1) / op.images, vectors) : 1;
+    const Share share(op.images * parts, thread, threads);
+    std::vector<float> means(C + 16), squeezed(S), excited(C + 16);
+    const __m512 pixels = _mm512_set1_ps(float(op.lines * op.cells)), one = _mm512_set1_ps(1.0f);
+    for (int64_t unit = share.first; unit < share.last; unit++) {
+        const int64_t image = unit / parts;
+        const Share own(vectors, unit % parts, parts);
         for (int64_t c = 0; c < C; c += 16) {
             __m512 total = _mm512_setzero_ps();
             for (int64_t line = 0; line < op.lines; line++)
@@ -28,12 +32,15 @@ inline void gate(const Op& op, int64_t thread, int64_t threads) {
             const float x = _mm512_reduce_add_ps(total) + op.squeeze_bias[s];
             squeezed[s] = x / (1 + _mm512_cvtss_f32(exp16<true>(_mm512_set1_ps(std::min(-x, 80.0f)))));
         }
-        for (int64_t c = 0; c < C; c += 16) {
-            __m512 x = _mm512_maskz_loadu_ps(tail(C - c), op.excite_bias + c);
-            for (int64_t s = 0; s < S; s++)
-                x = _mm512_fmadd_ps(_mm512_set1_ps(squeezed[s]),
-                                    _mm512_maskz_loadu_ps(tail(C - c), op.excite + s * C + c), x);
-            const __m512 one = _mm512_set1_ps(1.0f);
+        for (int64_t c = 16 * own.first; c < 16 * own.last; c += 16)
+            _mm512_storeu_ps(&excited[c], _mm512_maskz_loadu_ps(tail(C - c), op.excite_bias + c));
+        for (int64_t s = 0; s < S; s++)  // in the order that the weights lie in
+            for (int64_t c = 16 * own.first; c < 16 * own.last; c += 16) {
+                const __m512 w = _mm512_maskz_loadu_ps(tail(C - c), op.excite + s * C + c);
+                _mm512_storeu_ps(&excited[c], _mm512_fmadd_ps(_mm512_set1_ps(squeezed[s]), w, _mm512_loadu_ps(&excited[c])));
+            }
+        for (int64_t c = 16 * own.first; c < 16 * own.last; c += 16) {
+            const __m512 x = _mm512_loadu_ps(&excited[c]);
             const __m512 e = exp16<true>(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(80.0f)));
             _mm512_mask_storeu_ps((float*)op.out + image * C + c, tail(C - c), _mm512_div_ps(one, _mm512_add_ps(one, e)));
         }

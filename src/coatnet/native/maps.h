@@ -145,21 +145,30 @@ void pool(const Op& op, int64_t thread, int64_t threads) {
 
 // NORM: LayerNorm over the channels of each pixel; `scale` and `bias` are its affine part.
 template <int TYPE>
-void norm(const Op& op, int64_t thread, int64_t threads) {
+void norm(const Op op, int64_t thread, int64_t threads) {
     const Share share(op.images * op.lines * op.cells, thread, threads);
     for (int64_t pixel = share.first; pixel < share.last; pixel++) {
         const char* from = op.source + pixel * op.width * bytes(TYPE);
         char* out = op.out + pixel * op.width * bytes(op.out_type);
-        __m512 total = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-        for (int64_t c = 0; c < op.width; c += 16)
-            total = _mm512_add_ps(total, load<TYPE>(from + c * bytes(TYPE), tail(op.width - c)));
-        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(total) / op.width);
-        for (int64_t c = 0; c < op.width; c += 16) {
-            const __mmask16 mask = tail(op.width - c);
-            const __m512 off = _mm512_maskz_sub_ps(mask, load<TYPE>(from + c * bytes(TYPE), mask), mean);
-            squares = _mm512_fmadd_ps(off, off, squares);
-        }
-        const __m512 inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / op.width + 1e-5f));
+        // Several sums at once, since one alone would wait for itself.
+        __m512 totals[4] = {}, squares[4] = {};
+        auto each = [&](auto use) INLINE_LAMBDA {
+            int64_t c = 0;
+            for (; c + 64 <= op.width; c += 64)
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) use(i, load<TYPE>(from + (c + 16 * i) * bytes(TYPE)), 0xffff);
+            for (; c < op.width; c += 16) use(0, load<TYPE>(from + c * bytes(TYPE), tail(op.width - c)), tail(op.width - c));
+        };
+        auto sum = [](const __m512 (&of)[4]) {
+            return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(of[0], of[1]), _mm512_add_ps(of[2], of[3])));
+        };
+        each([&](int i, __m512 value, __mmask16) INLINE_LAMBDA { totals[i] = _mm512_add_ps(totals[i], value); });
+        const __m512 mean = _mm512_set1_ps(sum(totals) / op.width);
+        each([&](int i, __m512 value, __mmask16 mask) INLINE_LAMBDA {
+            const __m512 off = _mm512_maskz_sub_ps(mask, value, mean);
+            squares[i] = _mm512_fmadd_ps(off, off, squares[i]);
+        });
+        const __m512 inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(sum(squares) / op.width + 1e-5f));
         for (int64_t c = 0; c < op.width; c += 16) {
             const __mmask16 mask = tail(op.width - c);
             const __m512 off = _mm512_sub_ps(load<TYPE>(from + c * bytes(TYPE), mask), mean);
