@@ -72,13 +72,17 @@ def test_same_result_twice():
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(kind=st.sampled_from(FUSED), height=st.integers(8, 70), width=st.integers(8, 70), batch=st.integers(2, 5))
 def test_any_size_and_batch(kind: str, height: int, width: int, batch: int):
-    """On uneven maps and few of them, gradients stay as near to the truth as the plain ones."""
-    model, x = network(config_of(kind), training=True), images(batch, (height, width))
-    logits, want, _ = pass_through(copy.deepcopy(model).double(), x.double(), bf16=False)
-    errors: list[float] = []
-    for form in (fused_of(model), copy.deepcopy(model)):
-        found_logits, found, _ = pass_through(form, x)
-        errors.append(error_of({**found, "logits": found_logits}, {**want, "logits": logits}))
+    """On uneven maps and few of them, gradients stay as near to the truth as the plain ones.
+
+    Over three networks: where rounding turns the order of two pixels around, pooling sends a gradient elsewhere.
+    """
+    errors = [0.0, 0.0]
+    for seed in range(3):
+        model, x = network(config_of(kind), seed=seed, training=True), images(batch, (height, width), seed=seed)
+        logits, want, _ = pass_through(copy.deepcopy(model).double(), x.double(), bf16=False)
+        for number, form in enumerate((fused_of(model), copy.deepcopy(model))):
+            found_logits, found, _ = pass_through(form, x)
+            errors[number] += error_of({**found, "logits": found_logits}, {**want, "logits": logits}) / 3
     assert errors[0] <= 3 * errors[1] + 0.02, f"fused errs by {errors[0]:.1%}, plain by {errors[1]:.1%}"
 
 

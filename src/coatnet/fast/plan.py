@@ -22,9 +22,9 @@ from coatnet.model.attention import Attention, Transformer
 from coatnet.model.layers import PatchStem, Pool
 from coatnet.model.mbconv import MBConv
 
-
-# Steps of K that the head sums at once. Its errors go straight into the logits, and long sums round more than short ones.
-HEAD_PART = 128
+# Steps of K that the head sums at once. Its errors go straight into the logits, and long sums round more than short
+# ones.
+HEAD_PART = 64
 
 
 def why_not(config: ModelConfig) -> str | None:

@@ -1,4 +1,4 @@
-"""Rows of a plan and the memory they work in: what `coatnet.native` carries out, written in the order of the network."""
+"""Rows of a plan and the memory they work in: what `coatnet.native` carries out, in the order of the network."""
 
 # The parts of a module are Tensor | Module to the checker, whatever they are.
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
