@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from coatnet import native
 from coatnet.fast.kernels import GatedWeight, Weight, WeightSlope
+from coatnet.fast.packing import pack
 
 pytestmark = pytest.mark.skipif(native.missing("bf16") is not None, reason=f"{native.missing('bf16')}")
 TOLERANCE = 0.01  # of the largest value: bf16 keeps 8 bits
@@ -33,10 +35,19 @@ def test_a_product_of_any_width_height_and_depth(width: int, depth: int):
         assert_near(Weight(weight, bias).product(x), want, f"{rows} rows")
 
 
-@pytest.mark.parametrize("width", [8, 10, 12, 20, 40, 64, 70, 96])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (32, 16), (64, 31), (97, 130)])
+def test_weights_are_packed_alike_in_either_order(shape: tuple[int, int], transposed: bool):
+    depth, width = shape
+    weight = noise(width, depth).float().T if transposed else noise(depth, width).float()
+    want = pack(F.pad(weight, (0, 0, 0, depth % 2)), "BF16")
+    assert torch.equal(Weight(weight).packed, want.view_as(Weight(weight).packed))
+
+
+@pytest.mark.parametrize("width", [8, 10, 12, 20, 40, 64, 70, 96, 230])
 def test_the_gradient_of_a_weight_of_any_width(width: int):
-    """Tiles of 8, 10 or 12 rows, full or not, and pixels beyond what is summed at once."""
-    for depth, pixels in ((100, 1500), (128, 33)):
+    """Tiles of 8, 10 or 12 rows, full or not; either factor wider; pixels beyond what is summed at once."""
+    for depth, pixels in ((100, 1500), (128, 33), (6, 450)):
         slope, x = noise(pixels, width), noise(pixels, depth)
         found = WeightSlope(width, depth).add(slope, x).add(slope, x).total
         assert_near(found, 2 * slope.double().T @ x.double(), f"{depth} deep, {pixels} pixels")

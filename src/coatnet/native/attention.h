@@ -58,7 +58,8 @@ void pack_values(const char* values, int64_t stride, int64_t tokens, int64_t pad
     for (int64_t t = 0; t < padded; t += 4 / bytes(TYPE), out += 128)
         for (int64_t half = 0; half < 2; half++) {
             auto row = [&](int64_t token) {
-                return load<TYPE>(values + token * stride + half * 16 * bytes(TYPE), token < tokens ? tail(channels - half * 16) : 0);
+                const __mmask16 mask = token < tokens ? tail(channels - half * 16) : 0;
+                return load<TYPE>(values + token * stride + half * 16 * bytes(TYPE), mask);
             };
             if constexpr (TYPE == FP32) _mm512_storeu_ps(out + half * 64, row(t));
             if constexpr (TYPE == BF16)

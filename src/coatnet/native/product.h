@@ -174,7 +174,7 @@ struct Share {  // of a thread in `count` equal pieces of work
         : first(count * thread / threads), last(count * (thread + 1) / threads) {}
 };
 
-constexpr int64_t BIG_BYTES = 1 << 18;     // weights that share the second cache with much else: the next panel is fetched ahead
+constexpr int64_t BIG_BYTES = 1 << 18;     // weights that share the second cache with much: the next panel is fetched ahead
 constexpr int64_t ROWS_BYTES = 160 << 10;  // of A kept in the second cache while panels of W pass by
 constexpr int64_t PART_STEPS = 768;        // of K at once, so that enough rows fit there
 

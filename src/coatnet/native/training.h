@@ -14,7 +14,7 @@ inline int64_t line_bytes(const Op& op) { return 2 * op.cells * op.width; }
 
 INLINE __m512 by_channel(const float* values, int64_t c, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, values + c); }
 
-INLINE void keep_sums(const Op& op, int64_t unit, int64_t c, __mmask16 mask, __m512 first, __m512 second, bool adds = false) {
+INLINE void keep_sums(const Op& op, int64_t unit, int64_t c, __mmask16 mask, __m512 first, __m512 second, bool adds) {
     float *const to = op.sums + 2 * unit * op.width + c, *const next = to + op.width;
     const __mmask16 added = adds ? mask : 0;
     _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(first, _mm512_maskz_loadu_ps(added, to)));
@@ -35,7 +35,8 @@ enum Sums { NO_SUMS, ONE_SUM, TWO_SUMS };  // of each line; the second is 0 wher
 constexpr int64_t SPAN = 512;  // channels whose sums and factors stay in the first cache
 
 // Call `pixel(channels, at)` for every 16 channels of every pixel, `at` bytes into any of the maps. Memory is walked in its
-// order, a span of channels at a time: crosswise, each cache line would be waited for and come twice.
+// order, a span of channels at a time: crosswise, each cache line would be waited for and come twice. The row of the plan
+// comes by value everywhere here: what is stored could else be one of its fields, which would be read again each time.
 template <Sums SUMS, bool NORMED, class Pixel>
 INLINE void each_pixel(const Op op, int64_t thread, int64_t threads, Pixel pixel) {
     const Share share(op.images * op.lines, thread, threads);
@@ -130,12 +131,7 @@ class Ring {
     }
 };
 
-// Lines that a convolution reads or writes crosswise, 16 channels of all pixels after the other, are fetched in their
-// own order before.
-template <bool WRITTEN>
-INLINE void fetch_line(const char* line, int64_t num_bytes) {
-    for (int64_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(line + at, WRITTEN, 2);
-}
+constexpr int64_t AHEAD = 2048;  // bytes; what fills a ring writes to too many places for the processor to foresee its reads
 
 // ACTED_DEPTHWISE: out = 3x3 depthwise convolution of gelu(factor * source + shift), and the moments of out.
 inline void acted_depthwise(const Op op, int64_t thread, int64_t threads) {
@@ -148,7 +144,7 @@ inline void acted_depthwise(const Op op, int64_t thread, int64_t threads) {
         const char* from = op.source + (image * op.lines + y) * line_bytes(op);
         ring.fill(op, y, [&](int64_t at, int64_t c, __mmask16 mask) INLINE_LAMBDA {
             const __m512 factor = by_channel(op.factor, c, mask), shift = by_channel(op.shift, c, mask);
-            _mm_prefetch(from + at + 2048, _MM_HINT_T0);
+            _mm_prefetch(from + at + AHEAD, _MM_HINT_T0);
             return gelu<false>(_mm512_fmadd_ps(load<BF16>(from + at, mask), factor, shift));
         });
     };
@@ -208,10 +204,10 @@ inline void depthwise_slope(const Op op, int64_t thread, int64_t threads) {
         const int64_t start = (image * op.lines + y) * line_bytes(op);
         ring.fill(op, y, [&](int64_t at, int64_t c, __mmask16 mask) INLINE_LAMBDA {
             at += start;
-            _mm_prefetch(op.gradient + at + 2048, _MM_HINT_T0);
-            _mm_prefetch(op.residual + at + 2048, _MM_HINT_T0);
-            _mm_prefetch(op.source + at - line_bytes(op), _MM_HINT_T1);
-            __builtin_prefetch(op.out + at - line_bytes(op), 1, 2);
+            _mm_prefetch(op.gradient + at + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(op.residual + at + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(op.source + at - line_bytes(op), _MM_HINT_T1);  // the line before, which is read and written next,
+            __builtin_prefetch(op.out + at - line_bytes(op), 1, 2);      // crosswise: 16 channels of all pixels at a time
             return mixture(op, load<BF16>(op.gradient + at, mask), load<BF16>(op.residual + at, mask), c, mask);
         });
     };

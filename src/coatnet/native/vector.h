@@ -16,8 +16,8 @@ constexpr int64_t bytes(int64_t type) { return type == FP32 ? 4 : type == BF16 ?
 
 INLINE __mmask16 tail(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
-// Memory of this thread's own, from the start of a cache line on, for one purpose: a name. It is not cleared and lasts, since
-// the system clears new memory page by page.
+// Memory of this thread's own for one purpose, which is a name, from the start of a cache line on. It is not cleared and it
+// lasts, since the system clears new memory page by page.
 template <class Purpose, class T = char>
 T* kept(int64_t count) {
     struct Free {

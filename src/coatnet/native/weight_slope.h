@@ -1,14 +1,16 @@
 // WEIGHT_SLOPE: the gradient of a product's weights, out (width, depth) fp32 = the sum over all pixels (cells) of
-// gradient (cells, width) times source (cells, depth), bf16, the latter `source_cell` bytes from pixel to pixel. Two pixels are put side by side in 32 bits, as bf16
-// products want them, for both factors; tiles of `out` are shared among threads, so that sums do not depend on them.
+// gradient (cells, width) times source (cells, depth), bf16, the latter `source_cell` bytes from pixel to pixel. Two
+// pixels are put side by side in 32 bits, as bf16 products want them, for both factors; tiles of `out` are shared among
+// threads, so that sums do not depend on them.
 // PACK: weights as products want them.
 #pragma once
 
 #include "product.h"
 
-constexpr int64_t AT_ONCE = 392;  // pixels: sums are kept in registers while so many pass, and their pairs in the caches; divides 28 x 28
-constexpr int64_t FETCH = 64;     // pixels ahead: a map is read crosswise here, which no processor foresees
-constexpr int64_t TILES = 8, PANELS = 3;  // zipped at once: 192 bytes of a pixel
+// Pixels that pass while sums are kept in registers, and their pairs in the caches; divides 28 x 28 and 56 x 56.
+constexpr int64_t AT_ONCE = 392;
+constexpr int64_t FETCH = 64;             // pixels ahead: a map is read crosswise here, which no processor foresees
+constexpr int64_t TILES = 8, PANELS = 3;  // made together: 192 bytes of a pixel
 
 // Side by side in 32 bits: channels `first` to `first` + 15 of two pixels.
 template <int FIRST>
@@ -48,7 +50,8 @@ struct Factors {
     void zip_tiles(int64_t first, int64_t last, char* out) const {
         const char* map = op.gradient + 2 * (start * op.width + first * R);
         const int64_t whole = std::min(last, op.width / R);
-        each_pair(map, 2 * op.width, 2 * R * (last - first), [&](const char* even, const char* odd, int64_t step) INLINE_LAMBDA {
+        const int64_t num_bytes = 2 * R * (last - first);
+        each_pair(map, 2 * op.width, num_bytes, [&](const char* even, const char* odd, int64_t step) INLINE_LAMBDA {
             auto pair = [&](int64_t t, __mmask16 channels) INLINE_LAMBDA {
                 const __m512i pairs = zip<0>(read(even, t * R, channels), read(odd, t * R, channels));
                 _mm512_mask_storeu_epi32(out + t * TILE_BYTES + 4 * R * step, (1 << R) - 1, pairs);
@@ -59,7 +62,8 @@ struct Factors {
     }
     void zip_panels(int64_t first, int64_t last, char* out) const {
         const char* map = op.source + start * op.source_cell + 2 * first * PANEL;
-        each_pair(map, op.source_cell, 2 * PANEL * (last - first), [&](const char* even, const char* odd, int64_t step) INLINE_LAMBDA {
+        const int64_t num_bytes = 2 * PANEL * (last - first);
+        each_pair(map, op.source_cell, num_bytes, [&](const char* even, const char* odd, int64_t step) INLINE_LAMBDA {
             for (int64_t p = 0; p < last - first; p++) {
                 const int64_t left = op.depth - (first + p) * PANEL;
                 const __mmask32 channels = left >= PANEL ? ~0u : (1u << left) - 1;
@@ -108,9 +112,11 @@ void weight_slope_by(const Op& op, int64_t thread, int64_t threads) {
             for (int64_t first = own.first / tiles; first * tiles < own.last; first += PANELS) {
                 const int64_t last = std::min(first + PANELS, (own.last + tiles - 1) / tiles);
                 factors.zip_panels(first, last, columns);
-                for (int64_t p = first; p < last; p++)
-                    for (int64_t t = std::max<int64_t>(0, own.first - p * tiles); t < std::min(tiles, own.last - p * tiles); t++)
+                for (int64_t p = first; p < last; p++) {
+                    const int64_t end = std::min(tiles, own.last - p * tiles);
+                    for (int64_t t = std::max<int64_t>(0, own.first - p * tiles); t < end; t++)
                         factors.multiply(t, rows + t * F::TILE_BYTES, p, columns + (p - first) * F::PANEL_BYTES);
+                }
             }
         } else {
             const Share own(tiles, thread, threads);
