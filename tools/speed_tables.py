@@ -245,14 +245,31 @@ def limits_section(records: list[Record]) -> str:
 
 
 def _profiles(records: list[Record]) -> str:
-    """Return where the time of our kernels goes, a column for each kind of operation."""
+    """Return where the time goes, a column for each kind of operation; training has a table of its own."""
     rows = [row for record in records for row in _rows(record) if row.get("profile_ms")]
+    inference, training = ([row for row in rows if row["work"].startswith(work)] for work in ("inference", "training"))
+    parts = [_profile(inference), _profile(training)]
+    if not any(parts):
+        return ""
+    text = (
+        "Where the time goes, in ms an image, by the kinds of operations in `native/op.h`; GELU and the sums of\n"
+        "shortcuts are inside the products. The rest is torch's own operations and Python."
+    )
+    return "\n\n".join(["", text, *(part for part in parts if part)])[1:] + "\n"
+
+
+def _profile(rows: list[Row]) -> str:
+    """Return a line a row, the kinds that take most first; those that take less than a hundredth are left out."""
     if not rows:
         return ""
-    kinds = sorted({kind for row in rows for kind in row["profile_ms"]}, key=lambda k: -rows[0]["profile_ms"].get(k, 0))
-    lines = [_line("work", "batch", *(kind.lower() for kind in kinds)), _line(*["---"] * (2 + len(kinds)))]
+    most: dict[str, float] = {}
+    for row in rows:
+        total = sum(row["profile_ms"].values())
+        most |= {kind: max(most.get(kind, 0), ms / total) for kind, ms in row["profile_ms"].items()}
+    kinds = sorted((kind for kind in most if most[kind] >= 0.01), key=lambda kind: -most[kind])
+    lines = [_line("work", "batch", *(kind.lower().replace("_", " ") for kind in kinds))]
+    lines.append(_line(*["---"] * (2 + len(kinds))))
     lines += [
         _line(row["work"], row["batch"], *(f"{row['profile_ms'].get(kind, 0):.2f}" for kind in kinds)) for row in rows
     ]
-    text = "Where the time of our kernels goes, in ms an image; GELU and the sums of shortcuts are inside the products."
-    return f"\n{text}\n\n" + "\n".join(lines) + "\n"
+    return "\n".join(lines)

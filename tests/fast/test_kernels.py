@@ -62,3 +62,15 @@ def test_gates_scale_the_map_or_the_weights(side: int):
     out = x.new_empty(3, side, side, 16)
     GatedWeight(weight, bias, pixels=side * side).product(x, gates, out)
     assert_near(out, want, f"{side * side} pixels")
+
+
+def test_a_profile_tells_kinds_apart_and_ends():
+    x, weight = noise(64, 256), Weight(noise(256, 256).float())
+    with native.profiled() as seconds:
+        weight.product(x)
+        WeightSlope(256, 256).add(x, x)
+    assert set(seconds) == {"PRODUCT", "WEIGHT_SLOPE"}, seconds
+    assert min(seconds.values()) > 0
+    before = dict(seconds)
+    weight.product(x)
+    assert seconds == before, "what came after the profile was counted"

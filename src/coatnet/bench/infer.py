@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coatnet import native
 from coatnet.bench.machine import Product, Rates, fastest_product, measure_rates, median_rates, roofline, work_of
 from coatnet.bench.memory import peak_mib
 from coatnet.bench.peers import Forward, Library, check_same_answers, check_same_work, contenders, timm_twin
@@ -122,7 +123,7 @@ def _measure(
         "images_per_s": images_per_s, "timings": {name: timing.to_dict() for name, timing in timings.items()},
         "peak_memory_mib": memory, "errors": errors, "best_peer": best,
         "ratio": asdict(ratio(timings[OURS], timings[best])) if best else None,
-        "profile_ms": _profile_ms(forms[OURS], images), "seconds": time.perf_counter() - start, **shares,
+        "profile_ms": profile_ms(partial(forms[OURS], images), batch), "seconds": time.perf_counter() - start, **shares,
     }  # fmt: skip
 
 
@@ -163,8 +164,15 @@ def limits(
     }  # fmt: skip
 
 
-def _profile_ms(form: Forward, images: Tensor) -> dict[str, float]:
-    """Return the ms an image that each kind of operation takes, where our own kernels compute."""
-    assert isinstance(form, OptimizedModel)
-    found = [form.profile(images) for _ in range(PROFILED)]
-    return {kind: 1e3 / len(images) * statistics.median(each[kind] for each in found) for kind in found[0]}
+def profile_ms(call: Callable[[], object], num_images: int) -> dict[str, float]:
+    """Return the ms an image of each kind of our kernels' operations and of the REST; nothing where others compute."""
+    found = list[dict[str, float]]()
+    for _ in range(PROFILED):
+        start = time.perf_counter()
+        with native.profiled() as seconds:
+            call()
+        if not seconds:
+            return {}
+        seconds["REST"] = time.perf_counter() - start - sum(seconds.values())
+        found.append(seconds)
+    return {kind: 1e3 / num_images * statistics.median(each[kind] for each in found) for kind in found[0]}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coatnet.bench.infer import OURS, PRODUCT, limits, lively, random_images, synchronised
+from coatnet.bench.infer import OURS, PRODUCT, limits, lively, profile_ms, random_images, synchronised
 from coatnet.bench.machine import fastest_product, measure_rates, median_rates
 from coatnet.bench.memory import peak_mib
 from coatnet.bench.peers import TOLERANCE, DifferentWorkError, Library, check_same_work, share_of, timm_twin
@@ -131,7 +131,8 @@ def bench_train(
         "device": device.type, "cuda_graphs": recorded, "threads": torch.get_num_threads(),
         "images_per_s": images_per_s, "timings": {name: timing.to_dict() for name, timing in timings.items()},
         "best_peer": best, "ratio": asdict(ratio(timings[OURS], timings[best])) if best else None,
-        "peak_memory_mib": memory, "seconds": time.perf_counter() - start, **shares,
+        "peak_memory_mib": memory, "profile_ms": profile_ms(updates[OURS], batch),
+        "seconds": time.perf_counter() - start, **shares,
     }  # fmt: skip
 
 

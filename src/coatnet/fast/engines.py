@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -57,10 +56,6 @@ class OptimizedModel(ABC):
             logits = self._logits(images.to(weight.device, torch.float32))
         return logits.clone()  # a tensor like any other, which may be changed in place and learnt from
 
-    def profile(self, images: Tensor) -> dict[str, float]:  # noqa: ARG002
-        """Return the seconds that each kind of operation takes for images (B, C, H, W); nothing where nobody tells."""
-        return {}
-
     @abstractmethod
     def _logits(self, images: Tensor) -> Tensor:
         """Classify one or more checked images."""
@@ -83,15 +78,6 @@ class _Native(OptimizedModel):
         with self.turn:
             means = torch.cat([plan.run(chunk, threads).clone() for plan, chunk in self._chunks(images)])
             return self.head(len(images)).run(means, threads).clone()
-
-    def profile(self, images: Tensor) -> dict[str, float]:
-        found, threads = Counter[str](), torch.get_num_threads()
-        with self.turn:
-            for plan, chunk in self._chunks(images):
-                found.update(plan.profile(chunk, threads))
-            means = torch.zeros(len(images), self.folded.num_features)
-            found.update(self.head(len(images)).profile(means, threads))
-        return dict(found)
 
     def _chunks(self, images: Tensor) -> Iterator[tuple[Plan, Tensor]]:
         height, width = images.shape[-2:]

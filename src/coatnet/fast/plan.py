@@ -9,8 +9,6 @@ attention is global and its MBConv blocks are normed by BatchNorm; `why_not` say
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor, nn
 
@@ -53,13 +51,13 @@ class Plan(Rows):
         self._trace(height, width)
         self._close()
 
-    def run(self, given: Tensor, num_threads: int, seconds: ctypes.Array[ctypes.c_double] | None = None) -> Tensor:
+    def run(self, given: Tensor, num_threads: int) -> Tensor:
         first = self.ops[0]
         images = native.within_reach(given, first.kernel)
         strides = [4 * step for step in images.stride()]
         first.source = images.data_ptr()
         first.source_image, first.source_channel, first.source_line, first.source_cell = strides
-        native.run(self.ops, num_threads, seconds)
+        native.run(self.ops, num_threads)
         return self.means
 
     def _trace(self, height: int, width: int) -> None:
@@ -239,8 +237,8 @@ class HeadPlan(Rows):
         self._product("logits", x, network.classifier, out=Map(self.logits), part=HEAD_PART)
         self._close()
 
-    def run(self, given: Tensor, num_threads: int, seconds: ctypes.Array[ctypes.c_double] | None = None) -> Tensor:
+    def run(self, given: Tensor, num_threads: int) -> Tensor:
         means = given.contiguous()
         self.ops[0].source = means.data_ptr()
-        native.run(self.ops, num_threads, seconds)
+        native.run(self.ops, num_threads)
         return self.logits[:, 0, 0]

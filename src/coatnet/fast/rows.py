@@ -49,18 +49,9 @@ class Rows(ABC):
         self.kept: list[Tensor] = []  # whatever the rows point into
         self.scratch: dict[str, Tensor] = {}
 
-    def profile(self, given: Tensor, num_threads: int) -> dict[str, float]:
-        """Carry the rows out; return the seconds that each kind of row took."""
-        seconds, found = (ctypes.c_double * len(self.ops))(), dict[str, float]()
-        self.run(given, num_threads, seconds)
-        kinds = {number: kind for kind, number in native.KINDS.items()}
-        for op, took_s in zip(self.ops, seconds, strict=True):
-            found[kinds[op.kind]] = found.get(kinds[op.kind], 0) + took_s
-        return found
-
     @abstractmethod
-    def run(self, given: Tensor, num_threads: int, seconds: ctypes.Array[ctypes.c_double] | None = None) -> Tensor:
-        """Carry the rows out; add what each took to `seconds`, if there. The result is overwritten by the next run."""
+    def run(self, given: Tensor, num_threads: int) -> Tensor:
+        """Carry the rows out. The result is overwritten by the next run."""
 
     def _close(self) -> None:
         self.ops = (native.Op * len(self.rows))(*(native.Op(**row) for row in self.rows))

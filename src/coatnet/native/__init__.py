@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections import defaultdict
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -85,8 +88,28 @@ def within_reach(images: Tensor, kernel: int) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def run(ops: ctypes.Array[Op], num_threads: int, seconds: ctypes.Array[ctypes.c_double] | None = None) -> None:
-    """Carry out the operations in order; where `seconds` is given, add to it what each took."""
+def run(ops: ctypes.Array[Op], num_threads: int) -> None:
+    """Carry out the operations in order."""
     library = _library()
     assert not isinstance(library, str), "ask `missing` first"
+    found = _profile
+    seconds = None if found is None else (ctypes.c_double * len(ops))()
     library.coatnet_run(ctypes.addressof(ops), len(ops), num_threads, ctypes.addressof(seconds) if seconds else None)
+    if found is not None and seconds is not None:
+        kinds = {number: kind for kind, number in KINDS.items()}
+        for op, took_s in zip(ops, seconds, strict=True):
+            found[kinds[op.kind]] += took_s
+
+
+_profile: defaultdict[str, float] | None = None
+
+
+@contextmanager
+def profiled() -> Generator[dict[str, float]]:
+    """Sum the seconds that the kernels take meanwhile by kind, in this whole process; one profile at a time."""
+    global _profile
+    _profile = defaultdict(float)
+    try:
+        yield _profile
+    finally:
+        _profile = None
