@@ -106,10 +106,8 @@ def _act_and_convolve(x: Tensor, moments: Moments, convolution: Convolution) -> 
     """Norm, GELU, convolve by 3x3 taps: (B, H, W, C) -> (B, H, W, D)."""
     weight, out = Weight(convolution.rows.T, convolution.bias), x.new_empty(*x.shape[:3], len(convolution.bias))
     for group in groups(x):
-        acted = scratch("group", x[group].shape)
-        run_map("ACTED", x[group], out=acted, **moments.fields)
-        padded = _bordered("acted", acted)
-        padded[:, 1:-1, 1:-1] = acted
+        padded = _bordered("acted", x[group])
+        run_map("ACTED", x[group], **_inside(padded), **moments.fields)
         _convolve(padded, weight, out[group])
     return out
 
@@ -126,12 +124,10 @@ def _slopes(x: Tensor, slope: Tensor, moments: Moments, convolution: Convolution
     for group in groups(x):
         padded[group, 1:-1, 1:-1] = slope[group]
         _convolve(padded[group], weight, acted_slope[group])
-        there = scratch("group", x[group].shape)
         sums[:, group] = run_map(
             "ACTED_SLOPE", x[group], gradient=acted_slope[group], gates=ones[group], mean_slopes=zeros[group],
-            out=there, **moments.fields,
+            **_inside(acted[group]), **moments.fields,
         )  # fmt: skip
-        acted[group, 1:-1, 1:-1] = there
     return acted_slope, _taps_slope(padded, acted), sums
 
 
@@ -157,6 +153,11 @@ def _bordered(name: str, like: Tensor) -> Tensor:
     for edge in (made[:, 0], made[:, -1], made[:, :, 0], made[:, :, -1]):
         edge.zero_()
     return made
+
+
+def _inside(padded: Tensor) -> dict[str, Tensor | int]:
+    """Return the fields of a kernel that writes what lies within the border of maps (B, H + 2, W + 2, C) bf16."""
+    return {"out": padded[:, 1:, 1:], "out_image": 2 * padded.stride(0), "out_line": 2 * padded.stride(1)}
 
 
 def _convolve(padded: Tensor, weight: Weight, out: Tensor) -> None:

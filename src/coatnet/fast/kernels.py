@@ -32,8 +32,9 @@ def run_map(kind: str, source: Tensor, **fields: Fields) -> Tensor:
     images, lines, cells, width = source.shape
     if kind in BY_STRIP:
         parts = -(-lines // STRIP)
-    else:  # pixel by pixel: a small map is as good as one line
-        lines, cells = (1, lines * cells) if lines * cells <= SMALL_MAP else (lines, cells)
+    else:
+        if lines * cells <= SMALL_MAP and "out_line" not in fields:  # pixel by pixel: as good as one line
+            lines, cells = 1, lines * cells
         parts = lines
     sums = torch.empty(images, parts, 2, width)
     run(kind, images=images, lines=lines, cells=cells, width=width, source=source, sums=sums, **fields)

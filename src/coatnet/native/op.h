@@ -19,7 +19,7 @@ struct Op {
     int64_t in_lines, in_cells;             // of the source map
     int64_t kernel, stride, padding;        // px
     int64_t source_image, source_line, source_cell, source_channel;
-    int64_t out_image, out_line, out_cell;
+    int64_t out_image, out_line, out_cell;  // ACTED and ACTED_SLOPE: `out_line` is 0 where `out` lies as the source does
     int64_t segments, segment_stride;       // PRODUCT: K in so many runs (a 3x3 convolution has three)
     int64_t part;                           // PRODUCT: > 0 where so many steps of K are summed by themselves
     int64_t weight_image;                   // PRODUCT: > 0 where each image has weights, scales and biases of its own

@@ -23,7 +23,7 @@ INLINE void keep_sums(const Op& op, int64_t unit, int64_t c, __mmask16 mask, __m
 
 // 16 channels of one pixel: where they are, what BatchNorm does to them, and what is summed over the line's pixels.
 struct Channels {
-    int64_t image, first;
+    int64_t image, first, moved;  // the last: bytes that `out` lies further than the other maps, where it has a border
     __mmask16 mask;
     __m512 factor = _mm512_setzero_ps(), shift = factor, sum = factor, second = factor;
     INLINE __m512 read(const char* map, int64_t at) const { return load<BF16>(map + at, mask); }
@@ -42,10 +42,11 @@ INLINE void each_pixel(const Op op, int64_t thread, int64_t threads, Pixel pixel
     const Share share(op.images * op.lines, thread, threads);
     for (int64_t line = share.first; line < share.last; line++) {
         const int64_t image = line / op.lines, start = line * line_bytes(op);
+        const int64_t moved = op.out_line ? image * op.out_image + line % op.lines * op.out_line - start : 0;
         float *const sums = op.sums + 2 * line * op.width, *const seconds = sums + op.width;
         if (SUMS) std::fill_n(sums, 2 * op.width, 0.0f);
         auto channels = [&](int64_t c, int64_t at, __mmask16 mask) INLINE_LAMBDA {
-            Channels s = {image, c, mask};
+            Channels s = {image, c, moved, mask};
             if (NORMED) s.factor = by_channel(op.factor, c, mask), s.shift = by_channel(op.shift, c, mask);
             if (SUMS) s.sum = by_channel(sums, c, mask);
             if (SUMS == TWO_SUMS) s.second = by_channel(seconds, c, mask);
@@ -77,7 +78,7 @@ inline void acted(const Op op, int64_t thread, int64_t threads) {
     each_pixel<ONE_SUM, true>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
         const __m512 a = gelu<false>(s.normed(s.read(op.source, at)));
         s.sum = _mm512_add_ps(s.sum, a);
-        store<BF16>(op.out + at, a, s.mask);
+        store<BF16>(op.out + at + s.moved, a, s.mask);
     });
 }
 
@@ -97,7 +98,7 @@ inline void acted_slope(const Op op, int64_t thread, int64_t threads) {
         const __m512 mean_slope = by_channel(op.mean_slopes + s.image * op.width, s.first, s.mask);
         const __m512 h = s.read(op.source, at), z = s.normed(h);
         const Gelu a = gelu_with_slope(z);
-        store<BF16>(op.out + at, _mm512_mul_ps(a.value, gate), s.mask);
+        store<BF16>(op.out + at + s.moved, _mm512_mul_ps(a.value, gate), s.mask);
         const __m512 above = _mm512_fmadd_ps(s.read(op.gradient, at), gate, mean_slope);
         const __m512 slope = _mm512_mul_ps(above, a.slope);
         s.sum = _mm512_add_ps(s.sum, slope);
