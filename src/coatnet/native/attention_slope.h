@@ -2,7 +2,6 @@
 // from queries and keys; nothing of the size tokens x tokens was kept. Heads of 32 channels, bf16.
 #pragma once
 #include <cstring>
-#include <vector>
 
 #include "attention.h"
 
