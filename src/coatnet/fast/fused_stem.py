@@ -133,7 +133,7 @@ def _slopes(x: Tensor, slope: Tensor, moments: Moments, convolution: Convolution
 
 def _unfold(images: Tensor, stem: ConvStem) -> Tensor:
     """Return the 3x3 patches of images (B, C, H, W) that the stem starts with: (B, h, w, 9 C, made even) bf16."""
-    images = native.within_reach(images.detach().float(), 3)
+    images = native.within_reach(images.detach().float())
     stride = cast(nn.Conv2d, stem[0]).stride[0]
     B, C, H, W = images.shape
     patches = images.new_empty(B, -(-H // stride), -(-W // stride), 9 * C + C % 2, dtype=torch.bfloat16)

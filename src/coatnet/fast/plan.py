@@ -53,7 +53,7 @@ class Plan(Rows):
 
     def run(self, given: Tensor, num_threads: int) -> Tensor:
         first = self.ops[0]
-        images = native.within_reach(given, first.kernel)
+        images = native.within_reach(given)
         strides = [4 * step for step in images.stride()]
         first.source = images.data_ptr()
         first.source_image, first.source_channel, first.source_line, first.source_cell = strides
@@ -221,7 +221,7 @@ class Plan(Rows):
 class HeadPlan(Rows):
     """The operations from the means of so many images to their logits: LayerNorm, Dense + tanh, classifier.
 
-    They take all images at once: the weights are half of what an image's last stage reads. 8 bits stay out of them.
+    They take all images at once, so that the weights are read once a call. 8 bits stay out of them.
     `run` takes means (images, D) float32 and returns logits (images, K) float32.
     """
 

@@ -77,10 +77,10 @@ def missing(precision: str) -> str | None:
     return None if found & needed == needed else f"this processor has no {name}"
 
 
-def within_reach(images: Tensor, kernel: int) -> Tensor:
-    """Return images (B, C, H, W) float32 whose patches of `kernel` px lie within 2 GiB, as UNFOLD addresses them."""
-    _, channel, line, cell = images.stride()
-    reach = 4 * ((images.shape[1] - 1) * channel + (kernel - 1) * (line + cell))  # bytes
+def within_reach(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) float32 whose lines lie within 2 GiB each, as UNFOLD addresses them."""
+    _, channel, _, cell = images.stride()
+    reach = 4 * ((images.shape[1] - 1) * channel + (images.shape[3] - 1) * cell)  # bytes
     if reach < 2**31:
         return images
     import torch

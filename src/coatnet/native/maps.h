@@ -37,9 +37,10 @@ void unfold(const Op& op, int64_t thread, int64_t threads) {
             char* out = op.out + (unit * op.cells + x) * op.width * bytes(OUT);
             for (int64_t k = 0; k < op.kernel; k++)
                 for (int64_t i = 0; i < run; i += 16) {
-                    // Whole vectors but at the end: what they reach beyond a run is written over by the next one.
+                    // Whole vectors but at the end of a line, which may be another thread's: what they reach beyond a run
+                    // is written over by the next one.
                     const int64_t at = k * run + i;
-                    const __mmask16 stored = at + 16 <= op.width || x + 1 < op.cells ? 0xffff : tail(op.width - at);
+                    const __mmask16 stored = tail((op.cells - x) * op.width - at);
                     const __m512 values = _mm512_maskz_loadu_ps(tail(run - i), lines + k * count + x * op.stride * C + i);
                     store<OUT>(out + at * bytes(OUT), values, stored);
                 }
