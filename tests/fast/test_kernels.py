@@ -60,7 +60,7 @@ def test_gates_scale_the_map_or_the_weights(side: int):
     x, gates, weight, bias = noise(3, side, side, 24), noise(3, 24).float(), noise(16, 24).float(), noise(16).float()
     want = (x.double() * gates.double()[:, None, None]) @ weight.double().T + bias.double()
     out = x.new_empty(3, side, side, 16)
-    GatedWeight(weight, bias, pixels=side * side).product(x, gates, out)
+    GatedWeight(weight, bias, images=3, pixels=side * side).product(x, gates, out)
     assert_near(out, want, f"{side * side} pixels")
 
 

@@ -5,42 +5,85 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from coatnet.fast.kernels import run
+
 
 class Moments:
-    """What a BatchNorm in training does to a map, and what its backward mixes."""
+    """What a BatchNorm in training does to a map, and what its backward mixes.
+
+    `sums` are a kernel's sums of the map and of its square over `count` pixels, (images, parts, 2, C).
+    """
 
     def __init__(self, sums: Tensor, count: int, norm: nn.BatchNorm2d) -> None:
-        total, squares = sums.double().sum(dim=1) / count
-        variance = (squares - total.square()).clamp(min=0)
-        self.count, self.mean, self.inverse = count, total.float(), (variance + norm.eps).rsqrt().float()
-        self.weight = norm.weight.detach()
-        self.factor = self.weight * self.inverse
-        self.shift = norm.bias.detach() - self.mean * self.factor
-        _follow(norm, self.mean, variance.float() * (count / max(1, count - 1)))
+        self.count, self.width = count, sums.shape[-1]
+        self.found = torch.empty(5, self.width)
+        run(
+            "BATCH_NORM", images=_num_rows(sums), width=self.width, cells=count, sums=sums, out=self.found,
+            scale=norm.weight.detach().float(), bias=norm.bias.detach().float(), eps=torch.full((1,), norm.eps),
+        )  # fmt: skip
 
     @property
     def fields(self) -> dict[str, Tensor]:
-        return {"factor": self.factor, "shift": self.shift}
+        """What the kernels ask for that norm a map."""
+        return {"factor": self.found[0], "shift": self.found[1]}
 
     def backward(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of weight and bias, and what mixes slope and map to the map's gradient, (3, C)."""
-        bias_slope, with_map = sums.sum(dim=1)
-        weight_slope = self.inverse * (with_map - self.mean * bias_slope)
-        by_map = -self.factor * self.inverse * weight_slope / self.count
-        rest = -self.factor * bias_slope / self.count - by_map * self.mean
-        return weight_slope, bias_slope, torch.stack([self.factor, by_map, rest])
+        """Return the gradients of weight and bias, and what mixes slope and map to the map's gradient, (3, C).
+
+        `sums` are of the slope, alone and times the map.
+        """
+        out = torch.empty(5, self.width)
+        run(
+            "BATCH_NORM_SLOPE", images=_num_rows(sums), width=self.width, cells=self.count, sums=sums,
+            source=self.found, out=out,
+        )  # fmt: skip
+        return out[0], out[1], out[2:]
+
+    @torch.no_grad()
+    def follow(self, norm: nn.BatchNorm2d) -> None:
+        """Move a BatchNorm's running statistics as it would itself."""
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.momentum is not None
+        if norm.num_batches_tracked is not None:  # None while a checkpointed block is computed again
+            norm.num_batches_tracked.add_(1)
+        _, _, mean, _, variance = self.found
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * (self.count / max(1, self.count - 1)), norm.momentum)
 
 
-@torch.no_grad()
-def _follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
-    """Move a BatchNorm's running statistics as it would itself."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    if norm.num_batches_tracked is not None:  # None while a checkpointed block is computed again
-        norm.num_batches_tracked.add_(1)
-    assert norm.momentum is not None
-    norm.running_mean.lerp_(mean, norm.momentum)
-    norm.running_var.lerp_(variance, norm.momentum)
+def normed(x: Tensor, moments: Moments, stride: int) -> Tensor:
+    """Norm every `stride`-th pixel of every `stride`-th line: (B, H, W, C) bf16 -> (B, h, w, C)."""
+    B, H, W, C = x.shape
+    out = x.new_empty(B, -(-H // stride), -(-W // stride), C)
+    run("NORMED", source=x, out=out, **_sizes(out, x, stride), **moments.fields)
+    return out
+
+
+def normed_slope(
+    x: Tensor, slope: Tensor, moments: Moments, stride: int, past: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Go back through `normed`: return the gradient of x plus `past`, which is what reaches x otherwise, and those of
+    weight and bias.
+    """
+    sums, out = torch.empty(*slope.shape[:2], 2, x.shape[3]), torch.empty_like(x)
+    sizes = _sizes(slope, x, stride)
+    run("NORMED_SUMS", source=x, gradient=slope, sums=sums, **sizes)
+    weight_slope, bias_slope, mix = moments.backward(sums)
+    run("SPREAD", source=x, gradient=slope, mix=mix, residual=past, out=out, **sizes)
+    return out, weight_slope, bias_slope
+
+
+def _sizes(of: Tensor, source: Tensor, stride: int) -> dict[str, int]:
+    (B, lines, cells, width), (_, in_lines, in_cells, _) = of.shape, source.shape
+    return {
+        "images": B, "lines": lines, "cells": cells, "width": width, "in_lines": in_lines, "in_cells": in_cells,
+        "stride": stride,
+    }  # fmt: skip
+
+
+def _num_rows(sums: Tensor) -> int:
+    return sums.numel() // (2 * sums.shape[-1])
 
 
 def batch_norm_of(norm: nn.Module) -> nn.BatchNorm2d:

@@ -1,4 +1,4 @@
-"""MBConv in training, from its first product to its last, as one autograd function on the kernels. bf16.
+"""MBConv in training, from its input to its output, as one autograd function on the kernels. bf16.
 
 What lies between the products (BatchNorm, GELU, depthwise convolution, squeeze-excite) is computed line by line, and
 computed again on the way back, so that of the wide maps only the two that BatchNorm norms are kept.
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from coatnet.fast.batch_norm import Moments, batch_norm_of
+from coatnet.fast.batch_norm import Moments, batch_norm_of, normed, normed_slope
+from coatnet.fast.fused_shortcut import Projection, pools, shorten, shorten_slope
 from coatnet.fast.kernels import (
     STRIP,
     GatedWeight,
@@ -21,21 +21,22 @@ from coatnet.fast.kernels import (
     WeightSlope,
     bf16_rows,
     groups,
+    run,
     run_map,
     scratch,
     sum_of_rows,
+    sums_for,
+    together,
+    total,
 )
 from coatnet.model.mbconv import MBConv
 
 
-def _gates(mean: Tensor, reduce: Tensor, reduce_bias: Tensor, expand: Tensor, expand_bias: Tensor) -> Tensor:
-    """Return squeeze-excite's gates: means (B, C) -> (B, C), float32."""
-    return F.linear(F.silu(F.linear(mean, reduce.flatten(1), reduce_bias)), expand.flatten(1), expand_bias).sigmoid()
-
-
 class Weights(NamedTuple):
-    """What MBConv's branch learns after its first norm; of gradients, the same in the same order."""
+    """What MBConv learns; of gradients, the same in the same order."""
 
+    norm: Tensor
+    norm_bias: Tensor
     expand: Tensor
     norm1: Tensor
     norm1_bias: Tensor
@@ -48,77 +49,133 @@ class Weights(NamedTuple):
     excite_bias: Tensor
     shrink: Tensor
     shrink_bias: Tensor
+    project: Tensor | None
+    project_bias: Tensor | None
 
     @classmethod
     def of(cls, block: MBConv) -> Weights:
-        gate = block.squeeze_excite
-        layers = (block.expand_norm, block.depthwise, block.depthwise_norm, gate.reduce, gate.expand, block.shrink)
-        found: list[Any] = [block.expand.weight]
-        for layer in layers:
+        gate, projection = block.squeeze_excite, Projection.of(block.shortcut)
+        found: list[Any] = [block.norm.weight, block.norm.bias, block.expand.weight]
+        for layer in (block.expand_norm, block.depthwise, block.depthwise_norm, gate.reduce, gate.expand, block.shrink):
             found += [layer.weight] if layer is block.depthwise else [layer.weight, layer.bias]
-        return cls._make(found)
-
-    @property
-    def gate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.reduce, self.reduce_bias, self.excite, self.excite_bias
+        return cls(*found, *projection)
 
     @property
     def taps(self) -> Tensor:
         """The depthwise weights as the kernels read them, (9, C)."""
         return self.depthwise.flatten(1).T.contiguous()
 
+    @property
+    def projection(self) -> Projection:
+        return Projection(self.project, self.project_bias)
+
+
+class _Gate:
+    """Squeeze-excite for maps of so many pixels, from the sums of a kernel over them, (B, parts, 2, C)."""
+
+    def __init__(self, w: Weights, pixels: int) -> None:
+        self.squeezed, self.width = w.reduce.shape[:2]
+        self.pixels = pixels
+        self.weights = {
+            "squeeze": w.reduce.detach().float(), "squeeze_bias": w.reduce_bias.detach().float(),
+            "excite": w.excite.detach().flatten(1).T.float().contiguous(), "excite_bias": w.excite_bias.detach().float(),
+        }  # fmt: skip
+
+    def _sizes(self, sums: Tensor) -> dict[str, int]:
+        images, parts = sums.shape[:2]
+        return {
+            "images": images, "lines": parts, "cells": self.pixels // parts, "depth": self.width,
+            "width": self.squeezed, "stride": 2,
+        }  # fmt: skip
+
+    def gates(self, sums: Tensor) -> Tensor:
+        """Return the gates, (B, C) float32, from the sums of what they gate."""
+        out = torch.empty(len(sums), self.width)
+        run("GATE", sums=sums, out=out, **self._sizes(sums), **self.weights)
+        return out
+
+    def backward(self, sums: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gates again and what reaches each pixel through them, (B, C) each.
+
+        `sums` are of the gates' gradients and of what they gate. `kept` takes what `slopes` needs, a row an image.
+        """
+        gates, slopes = torch.empty(2, len(sums), self.width)
+        run("EXCITE_SLOPE", sums=sums, made_gates=gates, made_slopes=slopes, out=kept, **self._sizes(sums), **self.weights)
+        return gates, slopes
+
+    def room(self, images: int) -> Tensor:
+        return torch.empty(images, 2 * (self.width + self.squeezed))
+
+    def slopes(self, kept: Tensor, w: Weights) -> tuple[Tensor, ...]:
+        """Return the gradients of the weights, in their order."""
+        excited, means, raw, squeezed = kept.split([self.width, self.width, self.squeezed, self.squeezed], dim=1)
+        return (
+            (raw.T @ means).view_as(w.reduce), raw.sum(dim=0), (excited.T @ squeezed).view_as(w.excite),
+            excited.sum(dim=0),
+        )  # fmt: skip
+
 
 class Inverted(torch.autograd.Function):
-    """MBConv's branch after its first norm: (B, C, H, W) -> (B, D, h, w) bf16.
+    """MBConv: (B, C, H, W) -> (B, D, h, w) bf16. The branch of each image is scaled by (B), where that is given.
 
     Wide maps that only go from one kernel to the next exist for a group of images at a time.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: MBConv, *weights: Tensor) -> Tensor:
-        w, stride = Weights(*weights), block.expand.stride[0]
-        with torch.autocast("cpu", enabled=False):
-            source = bf16_rows(x.permute(0, 2, 3, 1)[:, ::stride, ::stride])
+    def forward(ctx: Any, x: Tensor, block: MBConv, scale_B: Tensor | None, *weights: Tensor) -> Tensor:
+        w, stride, pooled = Weights(*weights), block.expand.stride[0], pools(block.shortcut)
+        norms = [batch_norm_of(norm) for norm in (block.norm, block.expand_norm, block.depthwise_norm)]
+        x_rows = bf16_rows(x.permute(0, 2, 3, 1))
+        with together():
+            zeroth = Moments(run_map("MOMENTS", x_rows), x_rows[..., 0].numel(), norms[0])
+            source = normed(x_rows, zeroth, stride)
             B, H, W, _ = source.shape
             expand, hidden = Weight(w.expand.flatten(1).T), w.expand.shape[0]
-            expanded, sums = source.new_empty(B, H, W, hidden), torch.empty(2, B, hidden)
+            expanded = source.new_empty(B, H, W, hidden)
+            sums = sums_for("MOMENTS", expanded)
             for group in groups(expanded):
                 expand.product(source[group], out=expanded[group])
-                sums[:, group] = run_map("MOMENTS", expanded[group])
-            first = Moments(sums, B * H * W, batch_norm_of(block.expand_norm))
+                run_map("MOMENTS", expanded[group], sums=sums[group])
+            first = Moments(sums, B * H * W, norms[1])
             filtered = torch.empty_like(expanded)
             sums = run_map("ACTED_DEPTHWISE", expanded, weight=w.taps, out=filtered, **first.fields)
-            second = Moments(sums, B * H * W, batch_norm_of(block.depthwise_norm))
-            shrink = GatedWeight(w.shrink.flatten(1), w.shrink_bias, pixels=H * W)
-            out, mean, gates = source.new_empty(B, H, W, shrink.width), torch.empty(B, hidden), torch.empty(B, hidden)
+            second = Moments(sums, B * H * W, norms[2])
+            past = shorten(x_rows, w.projection, pooled=pooled)
+            gate, shrink = _Gate(w, H * W), GatedWeight(w.shrink.flatten(1), w.shrink_bias, images=B, pixels=H * W)
+            out = torch.empty_like(past)
             for group in groups(expanded):
                 acted = scratch("group", filtered[group].shape)
-                mean[group] = run_map("ACTED", filtered[group], out=acted, **second.fields)[0] / (H * W)
-                gates[group] = _gates(mean[group], *w.gate)
-                shrink.product(acted, gates[group], out[group])
-        ctx.save_for_backward(source, expanded, filtered, mean, gates, *weights)
-        ctx.first, ctx.second, ctx.stride, ctx.in_shape, ctx.in_dtype = first, second, stride, x.shape, x.dtype
+                gates = gate.gates(run_map("ACTED", filtered[group], out=acted, **second.fields))
+                shrink.product(acted, gates, out[group], past[group] if scale_B is None else None)
+        if scale_B is not None:
+            out = past + out * scale_B
+        for moments, norm in zip((zeroth, first, second), norms, strict=True):
+            moments.follow(norm)
+        ctx.save_for_backward(x_rows, source, expanded, filtered, scale_B, *weights)
+        ctx.moments, ctx.stride, ctx.pooled, ctx.in_dtype = (zeroth, first, second), stride, pooled, x.dtype
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        source, expanded, filtered, mean, gates, *weights = ctx.saved_tensors
-        w, first, second = Weights(*weights), ctx.first, ctx.second
+        x_rows, source, expanded, filtered, scale_B, *weights = ctx.saved_tensors
+        w, (zeroth, first, second) = Weights(*weights), ctx.moments
         B, H, W, hidden = expanded.shape
-        with torch.autocast("cpu", enabled=False):
-            slope = bf16_rows(slope.permute(0, 2, 3, 1))
+        whole_slope = slope = bf16_rows(slope.permute(0, 2, 3, 1))
+        if scale_B is not None:
+            slope = whole_slope * scale_B
+        with together():
+            past, projection_slopes = shorten_slope(x_rows, whole_slope, w.projection, pooled=ctx.pooled)
             shrink, shrink_slope = Weight(w.shrink.flatten(1)), WeightSlope(w.shrink.shape[0], hidden)
-            acted_slope, sums, gate_slopes = scratch("slope", filtered.shape), torch.empty(2, B, hidden), []
+            gate, acted_slope, sums = _Gate(w, H * W), scratch("slope", filtered.shape), sums_for("ACTED_SLOPE", filtered)
+            kept = gate.room(B)
             for group in groups(expanded):
                 here = {"source": filtered[group], "gradient": shrink.product(slope[group], out=acted_slope[group])}
-                by_gates = run_map("GATE_SLOPE", **here, **second.fields)[0]
-                mean_slope, *found = _gate_slopes(mean[group], w, by_gates)
-                gate_slopes.append(found)
+                gates, pixel_slopes = gate.backward(run_map("GATE_SLOPE", **here, **second.fields), kept[group])
                 gated = scratch("group", filtered[group].shape)
-                sums[:, group] = run_map(
-                    "ACTED_SLOPE", **here, gates=gates[group], mean_slopes=(mean_slope / (H * W)).contiguous(),
-                    out=gated, **second.fields,
+                run_map(
+                    "ACTED_SLOPE", **here, gates=gates, mean_slopes=pixel_slopes, out=gated, sums=sums[group],
+                    **second.fields,
                 )  # fmt: skip
                 shrink_slope.add(slope[group], gated)
             norm2_slope, norm2_bias_slope, mix = second.backward(sums)
@@ -128,6 +185,7 @@ class Inverted(torch.autograd.Function):
                 "DEPTHWISE_SLOPE", expanded, gradient=acted_slope, residual=filtered, weight=w.taps, mix=mix,
                 weight_sums=tap_sums, out=expanded_slope, **first.fields,
             )  # fmt: skip
+            taps_slope = total(tap_sums)
             norm1_slope, norm1_bias_slope, mix = first.backward(sums)
             expand, expand_slope = Weight(w.expand.flatten(1)), WeightSlope(hidden, source.shape[3])
             source_slope = torch.empty_like(source)
@@ -136,28 +194,11 @@ class Inverted(torch.autograd.Function):
                 run_map("MIXED", expanded[group], gradient=expanded_slope[group], mix=mix, out=mixed)
                 expand_slope.add(mixed, source[group])
                 expand.product(mixed, out=source_slope[group])
-            slopes = (
-                expand_slope.total.reshape(w.expand.shape), norm1_slope, norm1_bias_slope,
-                tap_sums.sum(dim=0).T.reshape(w.depthwise.shape), norm2_slope, norm2_bias_slope,
-                *(torch.stack(parts).sum(dim=0) for parts in zip(*gate_slopes, strict=True)),
-                shrink_slope.total.reshape(w.shrink.shape), sum_of_rows(slope),
-            )  # fmt: skip
-            x_slope = _spread(source_slope, ctx.stride, ctx.in_shape).permute(0, 3, 1, 2).to(ctx.in_dtype)
-        return x_slope, None, *slopes  # in the order of Weights
-
-
-def _gate_slopes(mean: Tensor, w: Weights, slope: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of the means and of squeeze-excite's weights, given that of the gates (B, C)."""
-    with torch.enable_grad():
-        inputs = [part.detach().requires_grad_() for part in (mean, *w.gate)]
-        return torch.autograd.grad(_gates(*inputs), inputs, slope)
-
-
-def _spread(slope: Tensor, stride: int, shape: torch.Size) -> Tensor:
-    """Put the gradient of every stride-th pixel back into its place: (B, h, w, C) -> (B, H, W, C)."""
-    if stride == 1:
-        return slope
-    B, C, H, W = shape
-    out = slope.new_zeros(B, H, W, C)
-    out[:, ::stride, ::stride] = slope
-    return out
+            x_slope, norm_slope, norm_bias_slope = normed_slope(x_rows, source_slope, zeroth, ctx.stride, past)
+            bias_slope = sum_of_rows(slope)
+        slopes = (
+            norm_slope, norm_bias_slope, expand_slope.total.view_as(w.expand), norm1_slope, norm1_bias_slope,
+            taps_slope.T.reshape(w.depthwise.shape), norm2_slope, norm2_bias_slope, *gate.slopes(kept, w),
+            shrink_slope.total.view_as(w.shrink), bias_slope, *projection_slopes,
+        )  # fmt: skip
+        return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, *slopes  # in the order of Weights

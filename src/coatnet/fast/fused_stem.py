@@ -22,6 +22,7 @@ from coatnet.fast.kernels import (
     run_map,
     scratch,
     sum_of_rows,
+    together,
 )
 from coatnet.model.layers import ConvStem
 
@@ -68,14 +69,16 @@ class Stemmed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, stem: ConvStem, *weights: Tensor) -> Tensor:
         first, *inner = _convolutions(weights)
+        norms = [batch_norm_of(norm) for norm in list(stem)[1::3]]
         ctx.stem, ctx.moments = stem, []
-        with torch.autocast("cpu", enabled=False):
+        with together():
             patches = _unfold(images, stem)
-            count = patches[..., 0].numel()
             made = [first.of_patches(patches)]
-            for convolution, norm in zip(inner, list(stem)[1::3], strict=True):
-                ctx.moments.append(Moments(run_map("MOMENTS", made[-1]), count, batch_norm_of(norm)))
+            for convolution, norm in zip(inner, norms, strict=True):
+                ctx.moments.append(Moments(run_map("MOMENTS", made[-1]), patches[..., 0].numel(), norm))
                 made.append(_act_and_convolve(made[-1], ctx.moments[-1], convolution))
+        for moments, norm in zip(ctx.moments, norms, strict=True):
+            moments.follow(norm)
         ctx.save_for_backward(images, *made[1:-1], *weights)
         return made[-1].permute(0, 3, 1, 2)
 
@@ -85,30 +88,32 @@ class Stemmed(torch.autograd.Function):
         num_kept = len(ctx.moments) - 1
         images, *saved = ctx.saved_tensors
         first, *inner = _convolutions(saved[num_kept:])
-        with torch.autocast("cpu", enabled=False):
+        slope = bf16_rows(slope.permute(0, 2, 3, 1))
+        with together():
             patches = _unfold(images, ctx.stem)
             made = [first.of_patches(patches), *saved[:num_kept]]
-            slope = bf16_rows(slope.permute(0, 2, 3, 1))
             found = [sum_of_rows(slope)]  # from the last to the first
-            for before, moments, convolution in zip(made[::-1], ctx.moments[::-1], inner[::-1], strict=True):
+        for before, moments, convolution in zip(made[::-1], ctx.moments[::-1], inner[::-1], strict=True):
+            with together():
                 slope, weight_slope, sums = _slopes(before, slope, moments, convolution)
                 norm_slope, norm_bias_slope, mix = moments.backward(sums)
                 run_map("MIXED", before, gradient=slope, mix=mix, out=slope)
-                # The bias before a norm has no gradient: BatchNorm takes it away again.
-                found += [weight_slope, norm_bias_slope, norm_slope, torch.zeros(len(norm_slope))]
-            channels, side, _ = first.weight.shape[1:]
-            rows = WeightSlope(slope.shape[3], patches.shape[3]).add(slope, patches).total
-            taps = rows[:, : side * side * channels].unflatten(1, (side, side, channels))
+            # The bias before a norm has no gradient: BatchNorm takes it away again.
+            found += [weight_slope, norm_bias_slope, norm_slope, torch.zeros(len(norm_slope))]
+        channels, side, _ = first.weight.shape[1:]
+        rows = WeightSlope(slope.shape[3], patches.shape[3]).add(slope, patches).total
+        taps = rows[:, : side * side * channels].unflatten(1, (side, side, channels))
         return None, None, taps.permute(0, 3, 1, 2), *found[::-1]
 
 
 def _act_and_convolve(x: Tensor, moments: Moments, convolution: Convolution) -> Tensor:
     """Norm, GELU, convolve by 3x3 taps: (B, H, W, C) -> (B, H, W, D)."""
     weight, out = Weight(convolution.rows.T, convolution.bias), x.new_empty(*x.shape[:3], len(convolution.bias))
+    padded = _bordered("acted", x[next(groups(x))])
     for group in groups(x):
-        padded = _bordered("acted", x[group])
-        run_map("ACTED", x[group], **_inside(padded), **moments.fields)
-        _convolve(padded, weight, out[group])
+        inner = padded[: len(x[group])]
+        run_map("ACTED", x[group], **_inside(inner), **moments.fields)
+        _convolve(inner, weight, out[group])
     return out
 
 
@@ -117,16 +122,16 @@ def _slopes(x: Tensor, slope: Tensor, moments: Moments, convolution: Convolution
 
     The first lies in scratch, and so may `slope`.
     """
-    weight, (B, *_, width) = Weight(convolution.back.T), x.shape
+    weight, (B, H, _, width) = Weight(convolution.back.T), x.shape
     padded, acted = _bordered("slope", slope), _bordered("acted", x)
-    sums, ones, zeros = torch.empty(2, B, width), torch.ones(B, width), torch.zeros(B, width)
+    padded[:, 1:-1, 1:-1] = slope
+    sums, ones, zeros = torch.empty(B, H, 2, width), torch.ones(B, width), torch.zeros(B, width)
     acted_slope = scratch("expanded slope", x.shape)
     for group in groups(x):
-        padded[group, 1:-1, 1:-1] = slope[group]
         _convolve(padded[group], weight, acted_slope[group])
-        sums[:, group] = run_map(
+        run_map(
             "ACTED_SLOPE", x[group], gradient=acted_slope[group], gates=ones[group], mean_slopes=zeros[group],
-            **_inside(acted[group]), **moments.fields,
+            sums=sums[group], **_inside(acted[group]), **moments.fields,
         )  # fmt: skip
     return acted_slope, _taps_slope(padded, acted), sums
 
@@ -179,13 +184,12 @@ def _taps_slope(slope: Tensor, source: Tensor) -> Tensor:
     side by side.
     """
     B, H, W, D = slope.shape
-    C, found = source.shape[3], list[Tensor]()
+    C, found = source.shape[3], torch.empty(3, D, 3 * source.shape[3])
     flat_slope, flat_source = slope.flatten(0, 2), source.flatten(0, 2)
     start, cells = W + 1, B * H * W - 2 * (W + 1)
-    for line in (-1, 0, 1):
-        found.append(torch.empty(D, 3 * C))
+    for number, line in enumerate((-1, 0, 1)):
         run(
             "WEIGHT_SLOPE", cells=cells, width=D, depth=3 * C, gradient=flat_slope[start:],
-            source=flat_source[start + line * W - 1 :], source_cell=2 * C, out=found[-1],
+            source=flat_source[start + line * W - 1 :], source_cell=2 * C, out=found[number],
         )  # fmt: skip
-    return torch.stack(found, dim=1).unflatten(2, (3, C)).permute(0, 3, 1, 2)
+    return found.unflatten(2, (3, C)).permute(1, 3, 0, 2)

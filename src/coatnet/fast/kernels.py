@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,23 +23,64 @@ Fields = Tensor | int
 
 
 def run(kind: str, **fields: Fields) -> None:
-    """Carry out one operation; tensors stand for their addresses."""
+    """Carry out one operation, or gather it (`together`); tensors stand for their addresses."""
     values = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in fields.items()}
-    native.run((native.Op * 1)(native.Op(kind=native.KINDS[kind], **values)), torch.get_num_threads())
-
-
-def run_map(kind: str, source: Tensor, **fields: Fields) -> Tensor:
-    """Run a kernel over a map (images, lines, cells, channels); return its sums, (2, images, channels) float32."""
-    images, lines, cells, width = source.shape
-    if kind in BY_STRIP:
-        parts = -(-lines // STRIP)
+    op = native.Op(kind=native.KINDS[kind], **values)
+    gathered = _GATHERED.__dict__.get("ops")
+    if gathered is None:
+        native.run((native.Op * 1)(op), torch.get_num_threads())
     else:
-        if lines * cells <= SMALL_MAP and "out_line" not in fields:  # pixel by pixel: as good as one line
-            lines, cells = 1, lines * cells
-        parts = lines
-    sums = torch.empty(images, parts, 2, width)
+        gathered.append((op, fields))
+
+
+@contextmanager
+def together() -> Generator[None]:
+    """Gather the operations of this block and carry them out at its end, in order, in one go.
+
+    Within it torch must read nothing that they write, nor write what they read once they are gathered.
+    """
+    gathered: list[tuple[native.Op, dict[str, Fields]]] = []  # with the fields, whose memory must last until then
+    _GATHERED.ops = gathered
+    try:
+        yield
+    finally:
+        _GATHERED.ops = None
+    native.run((native.Op * len(gathered))(*(op for op, _ in gathered)), torch.get_num_threads())
+
+
+_GATHERED = threading.local()
+
+
+def num_parts(kind: str, lines: int, cells: int) -> int:
+    """Return in how many parts a kernel sums over a map of this size."""
+    if kind in BY_STRIP:
+        return -(-lines // STRIP)
+    return 1 if lines * cells <= SMALL_MAP else lines
+
+
+def sums_for(kind: str, source: Tensor) -> Tensor:
+    """Return memory for a kernel's sums over a map (images, lines, cells, channels): (images, parts, 2, channels)."""
+    images, lines, cells, width = source.shape
+    return torch.empty(images, num_parts(kind, lines, cells), 2, width)
+
+
+def run_map(kind: str, source: Tensor, *, sums: Tensor | None = None, **fields: Fields) -> Tensor:
+    """Run a kernel over a map (images, lines, cells, channels); return its sums, (images, parts, 2, channels)."""
+    images, lines, cells, width = source.shape
+    if kind not in BY_STRIP and "out_line" not in fields and num_parts(kind, lines, cells) == 1:
+        lines, cells = 1, lines * cells  # pixel by pixel: as good as one line
+    if sums is None:
+        parts = -(-lines // STRIP) if kind in BY_STRIP else lines
+        sums = torch.empty(images, parts, 2, width)
     run(kind, images=images, lines=lines, cells=cells, width=width, source=source, sums=sums, **fields)
-    return (sums[:, 0] if parts == 1 else sums.sum(dim=1)).transpose(0, 1)
+    return sums
+
+
+def total(sums: Tensor) -> Tensor:
+    """Return the sum over the first dimensions: (..., 2, C) -> (2, C) float32, or (..., 9, C) -> (9, C)."""
+    out = torch.empty(sums.shape[-2:])
+    run("TOTAL", cells=sums.numel() // out.numel(), width=out.numel(), sums=sums, out=out)
+    return out
 
 
 def scratch(name: str, shape: Sequence[int]) -> Tensor:
@@ -79,35 +121,36 @@ class Weight:
         bias_N = torch.zeros(self.width) if bias_N is None else bias_N.detach().float()
         self.bias = F.pad(bias_N, (0, -self.width % PANEL))
 
-    def product(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Multiply the last dimension: (..., K) bf16 -> (..., N) bf16."""
+    def product(self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Multiply the last dimension: (..., K) bf16 -> (..., N) bf16, plus `residual`, which may be `out`."""
         K, N = self.depth, self.width
         out = x.new_empty(*x.shape[:-1], N) if out is None else out
         run(
             "PRODUCT", type=BF16, out_type=BF16, images=1, lines=1, cells=x.numel() // K, depth=K, width=N, segments=1,
             source_cell=2 * K, out_cell=2 * N, source=x, weight=self.packed, bias=self.bias, out=out,
+            residual=0 if residual is None else residual,
         )  # fmt: skip
         return out
 
 
 class GatedWeight:
-    """A product's weight (N, K) and bias for maps of so many pixels, gated by its channels in, image by image."""
+    """A product's weight (N, K) and bias for so many maps of so many pixels, gated by its channels in."""
 
-    def __init__(self, weight_NK: Tensor, bias_N: Tensor, pixels: int) -> None:
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor, images: int, pixels: int) -> None:
         self.width = weight_NK.shape[0]
         self.shared = self.raw = None
         if gates_the_map(pixels, self.width):
             self.shared = Weight(weight_NK.T, bias_N)
         else:
             self.raw = panels(weight_NK.detach().T.float())
-            self.bias = F.pad(bias_N.detach().float(), (0, -self.width % PANEL))
+            self.bias = F.pad(bias_N.detach().float(), (0, -self.width % PANEL)).repeat(images, 1)
 
-    def product(self, x: Tensor, gates: Tensor, out: Tensor) -> None:
-        """Multiply x (B, H, W, K) bf16, gated by (B, K), into out (B, H, W, N) bf16. May write over x."""
-        (B, H, W, K), N, gates = x.shape, self.width, gates.contiguous()
+    def product(self, x: Tensor, gates: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
+        """Multiply x (B, H, W, K) bf16, gated by (B, K), into out (B, H, W, N) bf16, plus `residual`. Writes over x."""
+        (B, H, W, K), N = x.shape, self.width
         if self.shared is not None:
             run("GATED", type=BF16, images=B, lines=1, cells=H * W, width=K, source=x, gates=gates, out=x)
-            self.shared.product(x, out)
+            self.shared.product(x, out, residual)
             return
         assert self.raw is not None
         packed = x.new_empty(B, *self.raw.shape)
@@ -118,7 +161,8 @@ class GatedWeight:
         run(
             "PRODUCT", type=BF16, out_type=BF16, images=B, lines=1, cells=H * W, depth=K, width=N, segments=1,
             source_image=2 * K * H * W, source_cell=2 * K, out_image=2 * N * H * W, out_cell=2 * N, source=x,
-            weight=packed, weight_image=packed[0].nbytes, bias=self.bias.repeat(B, 1), out=out,
+            weight=packed, weight_image=packed[0].nbytes, bias=self.bias, out=out,
+            residual=0 if residual is None else residual,
         )  # fmt: skip
 
 
@@ -145,6 +189,46 @@ def bf16_rows(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).contiguous()
 
 
+def norm_rows(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """LayerNorm over the channels: (B, H, W, C) bf16 -> the same."""
+    (B, H, W, C), out = x.shape, torch.empty_like(x) if out is None else out
+    run(
+        "NORM", type=BF16, out_type=BF16, images=B, lines=H, cells=W, width=C, source=x, scale=weight.detach().float(),
+        bias=bias.detach().float(), out=out,
+    )  # fmt: skip
+    return out
+
+
+def norm_slope(x: Tensor, slope: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Go back through `norm_rows`: return the gradient of x plus `residual`, and those of weight and bias, (2, C).
+
+    The first lies where `slope` did.
+    """
+    sums = run_map("LAYER_SLOPE", x, gradient=slope, scale=weight.detach().float(), residual=residual, out=slope)
+    return slope, total(sums)
+
+
+def pool(x: Tensor) -> Tensor:
+    """Max pooling 2x2: (B, H, W, C) bf16 -> (B, ceil(H/2), ceil(W/2), C)."""
+    B, H, W, C = x.shape
+    out = x.new_empty(B, -(-H // 2), -(-W // 2), C)
+    run(
+        "POOL", type=BF16, images=B, lines=out.shape[1], cells=out.shape[2], width=C, in_lines=H, in_cells=W, source=x,
+        out=out,
+    )  # fmt: skip
+    return out
+
+
+def pool_slope(x: Tensor, slope: Tensor) -> Tensor:
+    """Go back through `pool`: the gradient of x."""
+    (B, H, W, C), out = x.shape, torch.empty_like(x)
+    run(
+        "POOL_SLOPE", images=B, lines=slope.shape[1], cells=slope.shape[2], width=C, in_lines=H, in_cells=W, source=x,
+        gradient=slope, out=out,
+    )  # fmt: skip
+    return out
+
+
 def sum_of_rows(slope: Tensor) -> Tensor:
     """Return the gradient of a bias: (B, ..., N) bf16 -> (N,) float32."""
-    return run_map("MOMENTS", slope.reshape(len(slope), 1, -1, slope.shape[-1]))[0].sum(dim=0)
+    return total(run_map("MOMENTS", slope.reshape(len(slope), 1, -1, slope.shape[-1])))[0]

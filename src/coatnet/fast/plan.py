@@ -152,7 +152,8 @@ class Plan(Rows):
         images, lines, cells, channels = source.data.shape
         gates = self._buffer("gates", (images, channels), torch.float32)
         self._row(
-            "GATE", images=images, lines=lines, cells=cells, depth=channels, width=reduce.out_channels, sums=sums,
+            "GATE", images=images, lines=lines, cells=cells, depth=channels, width=reduce.out_channels, stride=1,
+            sums=sums,
             squeeze=self._keep(reduce.weight.flatten(1)), squeeze_bias=self._keep(reduce.bias),
             excite=self._keep(excite.weight.flatten(1).T), excite_bias=self._keep(excite.bias), out=gates,
         )  # fmt: skip

@@ -6,6 +6,7 @@ kernel (`flex_attention.py`). Everything else takes the readable blocks as they 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from coatnet import native
 from coatnet.config import Size
 from coatnet.fast.flex_attention import use_flex_attention
 from coatnet.fast.fused_mbconv import Inverted, Weights
+from coatnet.fast.fused_shortcut import Projection
 from coatnet.fast.fused_stem import Stemmed, weights_of
-from coatnet.fast.fused_tokens import HEAD_DIM, Attended, Fed, Linear
+from coatnet.fast.fused_tokens import HEAD_DIM, Attended, Fed, weights_of_ffn
 from coatnet.fast.packing import bias_by_offset
-from coatnet.model.attention import Attention, FeedForward
-from coatnet.model.layers import ConvStem
+from coatnet.model.attention import Attention, FeedForward, Transformer
+from coatnet.model.layers import ConvStem, Pool, StochasticDepth
 from coatnet.model.mbconv import MBConv
 from coatnet.model.network import CoAtNet
 
@@ -52,14 +54,9 @@ def _fuse(network: CoAtNet) -> CoAtNet:
     """
     if native.missing("bf16") is None:
         for module in network.modules():
-            if type(module) is MBConv and _fits(module):
-                module.__class__ = _FusedMBConv  # what a copy or a checkpoint sees is the same module
-            elif type(module) is ConvStem and _fits_stem(module):
-                module.__class__ = _FusedStem
-            elif type(module) is Attention and _fits_attention(module):
-                module.__class__ = _FusedAttention
-            elif type(module) is FeedForward and module[0].weight.shape[1] % 4 == 0:  # pyright: ignore
-                module.__class__ = _FusedFeedForward
+            for plain, fused, fits in _FUSED:
+                if type(module) is plain and fits(module):
+                    module.__class__ = fused  # what a copy or a checkpoint sees is the same module
     return network
 
 
@@ -68,13 +65,20 @@ def _fits_stem(stem: ConvStem) -> bool:
     return all(type(norm) is nn.BatchNorm2d and norm.num_features % 2 == 0 for norm in norms) and bool(norms)
 
 
-def _fits_attention(attention: Attention) -> bool:
-    width = attention.project.in_features
-    return (
-        attention.weigh.relative != "post"
-        and width // attention.num_heads == HEAD_DIM
-        and attention.qkv.in_features % 4 == 0
-    )
+def _fits_attention(attention: nn.Module) -> bool:
+    if type(attention) is not Attention or attention.weigh.relative == "post":
+        return False
+    width, in_dim = attention.project.in_features, attention.qkv.in_features
+    return width // attention.num_heads == HEAD_DIM and in_dim % 4 == 0
+
+
+def _fits_ffn(ffn: FeedForward) -> bool:
+    return _linear(ffn[0]).in_features % 4 == 0
+
+
+def _linear(layer: nn.Module) -> nn.Linear:
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 def _fits(block: MBConv) -> bool:
@@ -100,10 +104,10 @@ def _is_wanted(x: Tensor) -> bool:
 
 class _FusedMBConv(MBConv):
     def forward(self, x: Tensor, draws_B1: Tensor | None = None) -> Tensor:
-        if not (_is_wanted(x) and self.expand_norm.training and self.depthwise_norm.training):
+        norms = (self.norm, self.expand_norm, self.depthwise_norm)
+        if not (_is_wanted(x) and all(norm.training for norm in norms)):
             return super().forward(x, draws_B1)
-        branch = Inverted.apply(self.norm(x), self, *Weights.of(self))
-        return self.shortcut(x) + self.drop(branch, None if draws_B1 is None else draws_B1[:, 0])
+        return Inverted.apply(x, self, _scale(self.drop, draws_B1, 0), *Weights.of(self))
 
 
 class _FusedStem(ConvStem):
@@ -113,19 +117,47 @@ class _FusedStem(ConvStem):
         return Stemmed.apply(input, self, *weights_of(self))
 
 
+class _FusedTransformer(Transformer):
+    def forward(self, x: Tensor, draws_B2: Tensor | None = None) -> Tensor:
+        if not _is_wanted(x):
+            return super().forward(x, draws_B2)
+        x = self._attended(x, draws_B2).permute(0, 2, 3, 1)
+        norm = self.ffn_norm
+        fed = Fed.apply(x, _scale(self.drop, draws_B2, 1), norm.weight, norm.bias, *weights_of_ffn(self.ffn))
+        return fed.permute(0, 3, 1, 2)
+
+    def _attended(self, x: Tensor, draws_B2: Tensor | None) -> Tensor:
+        attention, norm = self.attention, self.attention_norm
+        if not _fits_attention(attention):
+            return self.attend(x, None if draws_B2 is None else draws_B2[:, 0])
+        strides = isinstance(self.pool, Pool)
+        grid = (-(-x.shape[2] // 2), -(-x.shape[3] // 2)) if strides else (x.shape[2], x.shape[3])
+        bias = None if attention.weigh.bias is None else bias_by_offset(attention.weigh.bias.table, grid)
+        layers = (attention.qkv, attention.project)
+        weights = [part for layer in layers for part in (layer.weight, layer.bias)]
+        scale_B = _scale(self.drop, draws_B2, 0)
+        return Attended.apply(x, self, scale_B, bias, norm.weight, norm.bias, *weights, *Projection.of(self.shortcut))
+
+
 class _FusedFeedForward(FeedForward):
+    """For blocks of another order than ours, which has more in one function."""
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name that Sequential gives it)
         if not _is_wanted(input):
             return super().forward(input)
-        first, _, second = self
-        return Fed.apply(input, first.weight, first.bias, second.weight, second.bias)
+        return Fed.apply(input[:, None], None, None, None, *weights_of_ffn(self))[:, 0]
 
 
-class _FusedAttention(Attention):
-    def forward(self, x_BNC: Tensor, grid: Size) -> Tensor:
-        if not _is_wanted(x_BNC):
-            return super().forward(x_BNC, grid)
-        bias = None if self.weigh.bias is None else bias_by_offset(self.weigh.bias.table, grid)
-        qkv = Linear.apply(x_BNC, self.qkv.weight, self.qkv.bias)
-        mixed = Attended.apply(qkv, bias, self.num_heads, grid)
-        return Linear.apply(mixed, self.project.weight, self.project.bias)
+def _scale(drop: StochasticDepth, draws: Tensor | None, branch: int) -> Tensor | None:
+    """Return what each image's branch is multiplied with, (B, 1, 1, 1) bf16; None where nothing is dropped."""
+    scale_B = drop.scale(None if draws is None else draws[:, branch], torch.bfloat16)
+    return None if scale_B is None else scale_B[:, None, None, None]
+
+
+# (the readable class, the fused one, for which of them)
+_FUSED: tuple[tuple[type[nn.Module], type[nn.Module], Callable[[Any], bool]], ...] = (
+    (MBConv, _FusedMBConv, _fits),
+    (ConvStem, _FusedStem, _fits_stem),
+    (Transformer, _FusedTransformer, lambda block: _fits_ffn(block.ffn)),
+    (FeedForward, _FusedFeedForward, _fits_ffn),
+)

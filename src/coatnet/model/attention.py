@@ -175,12 +175,16 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, draws_B2: Tensor | None = None) -> Tensor:
         attention_draw_B, ffn_draw_B = (None, None) if draws_B2 is None else draws_B2.unbind(1)
+        x = self.attend(x, attention_draw_B)
+        fed = to_map(self.ffn(to_tokens(self.ffn_norm(x))), (x.shape[2], x.shape[3]))
+        return x + self.drop(fed, ffn_draw_B)
+
+    def attend(self, x: Tensor, draw_B: Tensor | None = None) -> Tensor:
+        """Return the first half, what the FFN is added to: (B, C, H, W) -> (B, D, h, w)."""
         pooled = self.pool(self.attention_norm(x))
         grid = (pooled.shape[2], pooled.shape[3])
         mixed = to_map(self.attention(to_tokens(pooled), grid), grid)
-        x = self.shortcut(x) + self.drop(mixed, attention_draw_B)
-        fed = to_map(self.ffn(to_tokens(self.ffn_norm(x))), grid)
-        return x + self.drop(fed, ffn_draw_B)
+        return self.shortcut(x) + self.drop(mixed, draw_B)
 
 
 def _attention(config: ModelConfig, spec: BlockSpec) -> Attention:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,10 +49,14 @@ class StochasticDepth(nn.Module):
         self.drop_rate = drop_rate
 
     def forward(self, branch: Tensor, draw_B: Tensor | None) -> Tensor:
+        scale_B = self.scale(draw_B, branch.dtype)
+        return branch if scale_B is None else branch * scale_B.view(-1, *[1] * (branch.dim() - 1))
+
+    def scale(self, draw_B: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return what each sample's branch is multiplied with, (B,); None where nothing is dropped."""
         if draw_B is None or not self.training or self.drop_rate == 0.0:
-            return branch
-        scale_B = (draw_B >= self.drop_rate).to(branch.dtype) / (1.0 - self.drop_rate)
-        return branch * scale_B.view(-1, *[1] * (branch.dim() - 1))
+            return None
+        return (draw_B >= self.drop_rate).to(dtype) / (1.0 - self.drop_rate)
 
     def extra_repr(self) -> str:
         return f"drop_rate={self.drop_rate:.3g}"

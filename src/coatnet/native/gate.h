@@ -5,45 +5,108 @@
 
 #include "product.h"
 
-// GATE: sums (B, lines, C) -> sigmoid(excite . silu(squeeze . mean)) into out, (B, C) fp32. squeeze is (S, C), excite
-// (S, C) too, transposed; S is `width`, C is `depth`. Where there are more threads than images, several work on one: each
-// squeezes for itself and excites its share of channels.
-inline void gate(const Op& op, int64_t thread, int64_t threads) {
-    const int64_t C = op.depth, S = op.width, vectors = (C + 15) / 16;
-    const int64_t parts = op.images < threads ? std::min((threads + op.images - 1) / op.images, vectors) : 1;
-    const Share share(op.images * parts, thread, threads);
-    std::vector<float> means(C + 16), squeezed(S), excited(C + 16);
-    const __m512 pixels = _mm512_set1_ps(float(op.lines * op.cells)), one = _mm512_set1_ps(1.0f);
-    for (int64_t unit = share.first; unit < share.last; unit++) {
-        const int64_t image = unit / parts;
-        const Share own(vectors, unit % parts, parts);
+INLINE __m512 sigmoid(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f), negative = _mm512_sub_ps(_mm512_setzero_ps(), x);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exp16<true>(_mm512_min_ps(negative, _mm512_set1_ps(80.0f)))));
+}
+
+INLINE float sigmoid(float x) { return _mm512_cvtss_f32(sigmoid(_mm512_set1_ps(x))); }
+
+// Squeeze-excite of one image: channels' means (C), what they are squeezed to (S), before and after SiLU, and the gates (C).
+// squeeze is (S, C), excite (S, C) too, transposed; S is `width`, C is `depth`.
+struct Excited {
+    const Op& op;
+    const int64_t C = op.depth, S = op.width;
+    std::vector<float> means = std::vector<float>(C + 16), raw = std::vector<float>(S), squeezed = raw, gates = means;
+
+    // `of`: sums of an image's lines, `stride` rows of C numbers apart, to means over all pixels.
+    void take_means(const float* of, int64_t stride, std::vector<float>& out) const {
+        const __m512 pixels = _mm512_set1_ps(float(op.lines * op.cells));
         for (int64_t c = 0; c < C; c += 16) {
             __m512 total = _mm512_setzero_ps();
             for (int64_t line = 0; line < op.lines; line++)
-                total = _mm512_add_ps(
-                    total, _mm512_maskz_loadu_ps(tail(C - c), op.sums + (image * op.lines + line) * C + c));
-            _mm512_storeu_ps(means.data() + c, _mm512_div_ps(total, pixels));
+                total = _mm512_add_ps(total, _mm512_maskz_loadu_ps(tail(C - c), of + line * stride * C + c));
+            _mm512_storeu_ps(&out[c], _mm512_div_ps(total, pixels));
+        }
+    }
+
+    // A row of weights (C) times a vector.
+    INLINE float dot(const float* row, const std::vector<float>& vector) const {
+        __m512 total = _mm512_setzero_ps();
+        for (int64_t c = 0; c < C; c += 16)
+            total = _mm512_fmadd_ps(_mm512_loadu_ps(&vector[c]), _mm512_maskz_loadu_ps(tail(C - c), row + c), total);
+        return _mm512_reduce_add_ps(total);
+    }
+
+    // Add to channels first to last of `out` the rows of weights (S, C), each times its number.
+    void add_rows(const float* weights, const std::vector<float>& by_row, int64_t first, int64_t last, float* out) const {
+        for (int64_t s = 0; s < S; s++)  // in the order that the weights lie in
+            for (int64_t c = first; c < last; c += 16) {
+                const __m512 w = _mm512_maskz_loadu_ps(tail(C - c), weights + s * C + c);
+                _mm512_storeu_ps(out + c, _mm512_fmadd_ps(_mm512_set1_ps(by_row[s]), w, _mm512_loadu_ps(out + c)));
+            }
+    }
+
+    // From sums of lines to the gates of channels first to last, whole vectors.
+    void excite(const float* sums, int64_t stride, int64_t first, int64_t last) {
+        take_means(sums, stride, means);
+        for (int64_t s = 0; s < S; s++) {
+            raw[s] = dot(op.squeeze + s * C, means) + op.squeeze_bias[s];
+            squeezed[s] = raw[s] * sigmoid(raw[s]);
+        }
+        for (int64_t c = first; c < last; c += 16)
+            _mm512_storeu_ps(&gates[c], _mm512_maskz_loadu_ps(tail(C - c), op.excite_bias + c));
+        add_rows(op.excite, squeezed, first, last, gates.data());
+        for (int64_t c = first; c < last; c += 16) _mm512_storeu_ps(&gates[c], sigmoid(_mm512_loadu_ps(&gates[c])));
+    }
+};
+
+// GATE: sums (B, lines, C), `stride` rows of C numbers from line to line -> sigmoid(excite . silu(squeeze . mean)) into out,
+// (B, C) fp32. Where there are more threads than images, several work on one: each squeezes for itself and excites its
+// share of channels.
+inline void gate(const Op& op, int64_t thread, int64_t threads) {
+    Excited of = {op};
+    const int64_t C = of.C, vectors = (C + 15) / 16;
+    const int64_t parts = op.images < threads ? std::min((threads + op.images - 1) / op.images, vectors) : 1;
+    const Share share(op.images * parts, thread, threads);
+    for (int64_t unit = share.first; unit < share.last; unit++) {
+        const int64_t image = unit / parts;
+        const Share own(vectors, unit % parts, parts);
+        const int64_t first = 16 * own.first, last = std::min(16 * own.last, C);
+        of.excite(op.sums + image * op.lines * op.stride * C, op.stride, first, last);
+        std::copy(&of.gates[first], &of.gates[last], (float*)op.out + image * C + first);
+    }
+}
+
+// EXCITE_SLOPE: sums of lines (B, lines, 2, C): of the gates' gradients, and of what was gated. Gives the gates again, and the
+// gradient that each pixel has through them (made_slopes); for the gradients of the weights, in `out`, a row an image:
+// the gradients before the sigmoid (C), the means (C), the gradients before SiLU (S), and what comes after it (S).
+inline void excite_slope(const Op& op, int64_t thread, int64_t threads) {
+    Excited of = {op};
+    const int64_t C = of.C, S = of.S;
+    const Share share(op.images, thread, threads);
+    const float pixels = op.lines * op.cells;
+    std::vector<float> slopes(C + 16), by_squeezed(S);
+    for (int64_t image = share.first; image < share.last; image++) {
+        const float* sums = op.sums + image * op.lines * 2 * C;
+        of.excite(sums + C, 2, 0, C);
+        of.take_means(sums, 2, slopes);  // times 1 / pixels, as the gradients of the pixels want them
+        float* const out = (float*)op.out + image * 2 * (C + S);
+        for (int64_t c = 0; c < C; c++) {
+            op.made_gates[image * C + c] = of.gates[c];
+            slopes[c] *= of.gates[c] * (1 - of.gates[c]);
+            out[c] = slopes[c] * pixels;
+            out[C + c] = of.means[c];
         }
         for (int64_t s = 0; s < S; s++) {
-            __m512 total = _mm512_setzero_ps();
-            for (int64_t c = 0; c < C; c += 16)
-                total = _mm512_fmadd_ps(_mm512_loadu_ps(means.data() + c),
-                                        _mm512_maskz_loadu_ps(tail(C - c), op.squeeze + s * C + c), total);
-            const float x = _mm512_reduce_add_ps(total) + op.squeeze_bias[s];
-            squeezed[s] = x / (1 + _mm512_cvtss_f32(exp16<true>(_mm512_set1_ps(std::min(-x, 80.0f)))));
+            const float gate = sigmoid(of.raw[s]);
+            by_squeezed[s] = of.dot(op.excite + s * C, slopes) * gate * (1 + of.raw[s] * (1 - gate));
+            out[2 * C + s] = by_squeezed[s] * pixels;
+            out[2 * C + S + s] = of.squeezed[s];
         }
-        for (int64_t c = 16 * own.first; c < 16 * own.last; c += 16)
-            _mm512_storeu_ps(&excited[c], _mm512_maskz_loadu_ps(tail(C - c), op.excite_bias + c));
-        for (int64_t s = 0; s < S; s++)  // in the order that the weights lie in
-            for (int64_t c = 16 * own.first; c < 16 * own.last; c += 16) {
-                const __m512 w = _mm512_maskz_loadu_ps(tail(C - c), op.excite + s * C + c);
-                _mm512_storeu_ps(&excited[c], _mm512_fmadd_ps(_mm512_set1_ps(squeezed[s]), w, _mm512_loadu_ps(&excited[c])));
-            }
-        for (int64_t c = 16 * own.first; c < 16 * own.last; c += 16) {
-            const __m512 x = _mm512_loadu_ps(&excited[c]);
-            const __m512 e = exp16<true>(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(80.0f)));
-            _mm512_mask_storeu_ps((float*)op.out + image * C + c, tail(C - c), _mm512_div_ps(one, _mm512_add_ps(one, e)));
-        }
+        std::fill(slopes.begin(), slopes.end(), 0.0f);
+        of.add_rows(op.squeeze, by_squeezed, 0, C, slopes.data());
+        std::copy_n(slopes.data(), C, op.made_slopes + image * C);
     }
 }
 

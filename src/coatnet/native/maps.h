@@ -120,6 +120,11 @@ void depthwise(const Op& op, int64_t thread, int64_t threads) {
         depthwise_line<TYPE, OUT>(op, unit / op.lines, unit % op.lines);
 }
 
+// The larger of two; where one is no number, that.
+INLINE __m512 larger(__m512 a, __m512 b) {
+    return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+}
+
 // POOL: the largest of 2x2 pixels, of fewer at an odd edge.
 template <int TYPE>
 void pool(const Op& op, int64_t thread, int64_t threads) {
@@ -135,14 +140,15 @@ void pool(const Op& op, int64_t thread, int64_t threads) {
             for (int64_t c = 0; c < op.width; c += 16) {
                 const __mmask16 mask = tail(op.width - c);
                 const int64_t at = c * bytes(TYPE);
-                const __m512 upper = _mm512_max_ps(load<TYPE>(top + left + at, mask), load<TYPE>(top + right + at, mask));
-                const __m512 lower =
-                    _mm512_max_ps(load<TYPE>(bottom + left + at, mask), load<TYPE>(bottom + right + at, mask));
-                store<TYPE>(out + at, _mm512_max_ps(upper, lower), mask);
+                const __m512 upper = larger(load<TYPE>(top + left + at, mask), load<TYPE>(top + right + at, mask));
+                const __m512 lower = larger(load<TYPE>(bottom + left + at, mask), load<TYPE>(bottom + right + at, mask));
+                store<TYPE>(out + at, larger(upper, lower), mask);
             }
         }
     }
 }
+
+constexpr float LAYER_NORM_EPS = 1e-5f;
 
 // NORM: LayerNorm over the channels of each pixel; `scale` and `bias` are its affine part.
 template <int TYPE>
@@ -169,7 +175,7 @@ void norm(const Op op, int64_t thread, int64_t threads) {
             const __m512 off = _mm512_maskz_sub_ps(mask, value, mean);
             squares[i] = _mm512_fmadd_ps(off, off, squares[i]);
         });
-        const __m512 inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(sum(squares) / op.width + 1e-5f));
+        const __m512 inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(sum(squares) / op.width + LAYER_NORM_EPS));
         for (int64_t c = 0; c < op.width; c += 16) {
             const __mmask16 mask = tail(op.width - c);
             const __m512 off = _mm512_sub_ps(load<TYPE>(from + c * bytes(TYPE), mask), mean);

@@ -22,6 +22,7 @@ extern "C" int coatnet_supports(void) {  // before the pragma: this must run on 
 #include "attention_slope.h"
 #include "gate.h"
 #include "maps.h"
+#include "norm_slope.h"
 #include "training.h"
 #include "weight_slope.h"
 
@@ -83,6 +84,24 @@ void carry_out(const Op& op, int64_t thread, int64_t threads) {
             return weight_slope(op, thread, threads);
         case PACK:
             return pack_weights(op, thread, threads);
+        case TOTAL:
+            return total(op, thread, threads);
+        case BATCH_NORM:
+            return batch_norm(op, thread, threads);
+        case BATCH_NORM_SLOPE:
+            return batch_norm_slope(op, thread, threads);
+        case NORMED:
+            return normed(op, thread, threads);
+        case NORMED_SUMS:
+            return normed_sums(op, thread, threads);
+        case SPREAD:
+            return spread(op, thread, threads);
+        case POOL_SLOPE:
+            return pool_slope(op, thread, threads);
+        case LAYER_SLOPE:
+            return layer_slope(op, thread, threads);
+        case EXCITE_SLOPE:
+            return excite_slope(op, thread, threads);
     }
 }
 

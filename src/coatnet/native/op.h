@@ -6,7 +6,8 @@
 enum Kind : int64_t {
     UNFOLD, PRODUCT, DEPTHWISE, GATE, SCALE, GATED, POOL, NORM, ATTENTION, CONVERT, MEAN, TANH,
     MOMENTS, ACTED_DEPTHWISE, ACTED, GATE_SLOPE, ACTED_SLOPE, DEPTHWISE_SLOPE, MIXED, ATTENTION_SLOPE,
-    WEIGHT_SLOPE, PACK
+    WEIGHT_SLOPE, PACK, TOTAL, BATCH_NORM, BATCH_NORM_SLOPE, NORMED, NORMED_SUMS, SPREAD, POOL_SLOPE, LAYER_SLOPE,
+    EXCITE_SLOPE
 };
 enum Type : int64_t { FP32, BF16, UINT8 };
 enum Act : int64_t { LINEAR, GELU };
@@ -33,9 +34,11 @@ struct Op {
     float *sums;                            // DEPTHWISE writes each line's sum by channel, GATE reads them
     const float *squeeze, *squeeze_bias, *excite, *excite_bias;  // GATE
     float *made_scale, *made_bias;          // SCALE: by image and output channel
+    float *made_gates, *made_slopes;        // EXCITE_SLOPE: by image and channel
     // Training (training.h): a map and its gradient; BatchNorm as a factor and a shift by channel; what gradients mix.
     char *gradient;
     const float *factor, *shift, *gates, *mean_slopes, *mix;
+    const float *eps;
     float *weight_sums;
     int64_t adds;                           // WEIGHT_SLOPE: 1 where it adds to what `out` holds
     char *out;

@@ -82,11 +82,12 @@ inline void acted(const Op op, int64_t thread, int64_t threads) {
     });
 }
 
-// GATE_SLOPE: the sums of gradient * a, where a = gelu(factor * source + shift).
+// GATE_SLOPE: with a = gelu(factor * source + shift), the sums of gradient * a and of a.
 inline void gate_slope(const Op op, int64_t thread, int64_t threads) {
-    each_pixel<ONE_SUM, true>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
+    each_pixel<TWO_SUMS, true>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
         const __m512 a = gelu<false>(s.normed(s.read(op.source, at)));
         s.sum = _mm512_fmadd_ps(s.read(op.gradient, at), a, s.sum);
+        s.second = _mm512_add_ps(s.second, a);
     });
 }
 

@@ -1,0 +1,45 @@
+"""A block's shortcut in training, Proj(Pool(x)), on the kernels. bf16."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from coatnet.fast.kernels import Weight, WeightSlope, pool, pool_slope, sum_of_rows
+from coatnet.model.layers import Pool
+
+
+class Projection(NamedTuple):
+    """What a shortcut learns, where it widens; of gradients, the same."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, shortcut: nn.Module) -> Projection:
+        found: list[Any] = [part for part in shortcut.children() if isinstance(part, nn.Conv2d)]
+        return cls(found[0].weight, found[0].bias) if found else cls(None, None)
+
+
+def pools(shortcut: nn.Module) -> bool:
+    return any(isinstance(part, Pool) for part in shortcut.children())
+
+
+def shorten(x: Tensor, projection: Projection, *, pooled: bool) -> Tensor:
+    """Return Proj(Pool(x)): (B, H, W, C) -> (B, h, w, D); x itself where there is nothing to do."""
+    x = pool(x) if pooled else x
+    if projection.weight is None:
+        return x
+    return Weight(projection.weight.flatten(1).T, projection.bias).product(x)
+
+
+def shorten_slope(x: Tensor, slope: Tensor, projection: Projection, *, pooled: bool) -> tuple[Tensor, Projection]:
+    """Go back through `shorten`: return the gradient of x, which may be `slope` itself, and those of the projection."""
+    found = Projection(None, None)
+    if projection.weight is not None:
+        matrix = projection.weight.flatten(1)
+        weight_slope = WeightSlope(*matrix.shape).add(slope, pool(x) if pooled else x).total
+        found = Projection(weight_slope.view_as(projection.weight), sum_of_rows(slope))
+        slope = Weight(matrix).product(slope)
+    return (pool_slope(x, slope) if pooled else slope), found
