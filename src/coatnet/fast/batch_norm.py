@@ -60,18 +60,14 @@ def normed(x: Tensor, moments: Moments, stride: int) -> Tensor:
     return out
 
 
-def normed_slope(
-    x: Tensor, slope: Tensor, moments: Moments, stride: int, past: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Go back through `normed`: return the gradient of x plus `past`, which is what reaches x otherwise, and those of
-    weight and bias.
-    """
-    sums, out = torch.empty(*slope.shape[:2], 2, x.shape[3]), torch.empty_like(x)
-    sizes = _sizes(slope, x, stride)
-    run("NORMED_SUMS", source=x, gradient=slope, sums=sums, **sizes)
-    weight_slope, bias_slope, mix = moments.backward(sums)
-    run("SPREAD", source=x, gradient=slope, mix=mix, residual=past, out=out, **sizes)
-    return out, weight_slope, bias_slope
+def normed_sums(x: Tensor, slope: Tensor, stride: int, sums: Tensor) -> None:
+    """Sum the gradient of what `normed` gave by line, alone and times the pixels taken, into (B, h, 2, C)."""
+    run("NORMED_SUMS", source=x, gradient=slope, sums=sums, **_sizes(slope, x, stride))
+
+
+def normed_slope(x: Tensor, slope: Tensor, stride: int, mix: Tensor, past: Tensor, out: Tensor) -> None:
+    """Go back through `normed`: the gradient of x plus `past`, which reaches x otherwise, into `out`."""
+    run("SPREAD", source=x, gradient=slope, mix=mix, residual=past, out=out, **_sizes(slope, x, stride))
 
 
 def _sizes(of: Tensor, source: Tensor, stride: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from coatnet.fast.batch_norm import Moments, batch_norm_of, normed, normed_slope
+from coatnet.fast.batch_norm import Moments, batch_norm_of, normed, normed_slope, normed_sums
 from coatnet.fast.fused_shortcut import Projection, pools, shorten, shorten_slope
 from coatnet.fast.kernels import (
     STRIP,
@@ -21,6 +21,7 @@ from coatnet.fast.kernels import (
     WeightSlope,
     bf16_rows,
     groups,
+    pool_slope,
     run,
     run_map,
     scratch,
@@ -188,13 +189,20 @@ class Inverted(torch.autograd.Function):
             taps_slope = total(tap_sums)
             norm1_slope, norm1_bias_slope, mix = first.backward(sums)
             expand, expand_slope = Weight(w.expand.flatten(1)), WeightSlope(hidden, source.shape[3])
-            source_slope = torch.empty_like(source)
+            source_slope, sums = torch.empty_like(source), torch.empty(B, H, 2, source.shape[3])
             for group in groups(expanded):
                 mixed = scratch("group", expanded[group].shape)
                 run_map("MIXED", expanded[group], gradient=expanded_slope[group], mix=mix, out=mixed)
                 expand_slope.add(mixed, source[group])
                 expand.product(mixed, out=source_slope[group])
-            x_slope, norm_slope, norm_bias_slope = normed_slope(x_rows, source_slope, zeroth, ctx.stride, past)
+                normed_sums(x_rows[group], source_slope[group], ctx.stride, sums[group])
+            norm_slope, norm_bias_slope, mix = zeroth.backward(sums)
+            x_slope = torch.empty_like(x_rows)
+            for group in groups(x_rows):
+                here, around = x_rows[group], past[group]
+                if ctx.pooled:
+                    around = pool_slope(here, around, scratch("group", here.shape))
+                normed_slope(here, source_slope[group], ctx.stride, mix, around, x_slope[group])
             bias_slope = sum_of_rows(slope)
         slopes = (
             norm_slope, norm_bias_slope, expand_slope.total.view_as(w.expand), norm1_slope, norm1_bias_slope,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from coatnet.fast.kernels import Weight, WeightSlope, pool, pool_slope, sum_of_rows
+from coatnet.fast.kernels import Weight, WeightSlope, pool, sum_of_rows
 from coatnet.model.layers import Pool
 
 
@@ -35,11 +35,10 @@ def shorten(x: Tensor, projection: Projection, *, pooled: bool) -> Tensor:
 
 
 def shorten_slope(x: Tensor, slope: Tensor, projection: Projection, *, pooled: bool) -> tuple[Tensor, Projection]:
-    """Go back through `shorten`: return the gradient of x, which may be `slope` itself, and those of the projection."""
-    found = Projection(None, None)
-    if projection.weight is not None:
-        matrix = projection.weight.flatten(1)
-        weight_slope = WeightSlope(*matrix.shape).add(slope, pool(x) if pooled else x).total
-        found = Projection(weight_slope.view_as(projection.weight), sum_of_rows(slope))
-        slope = Weight(matrix).product(slope)
-    return (pool_slope(x, slope) if pooled else slope), found
+    """Go back through the projection: return the gradient of what it took, and its own; `slope` itself without one."""
+    if projection.weight is None:
+        return slope, Projection(None, None)
+    matrix = projection.weight.flatten(1)
+    weight_slope = WeightSlope(*matrix.shape).add(slope, pool(x) if pooled else x).total
+    found = Projection(weight_slope.view_as(projection.weight), sum_of_rows(slope))
+    return Weight(matrix).product(slope), found

@@ -97,7 +97,8 @@ class Attended(torch.autograd.Function):
             normed_slope = Weight(qkv).product(queries_slope)
             if ctx.pooled:
                 normed = norm_rows(x_rows, norm, norm_bias, out=scratch("group", x_rows.shape))
-                normed_slope = pool_slope(normed, normed_slope)
+                normed_slope = pool_slope(normed, normed_slope, torch.empty_like(x_rows))
+                past = pool_slope(x_rows, past, torch.empty_like(x_rows))
             x_slope, norm_slopes = norm_slope(x_rows, normed_slope, norm, past)
         slopes = (*norm_slopes, qkv_slope, qkv_bias_slope, project_slope, project_bias_slope, *projection_slopes)
         return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, bias_slope, *slopes

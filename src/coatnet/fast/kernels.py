@@ -15,7 +15,7 @@ from coatnet import native
 from coatnet.fast.packing import PANEL, gates_the_map, panels
 
 BF16 = native.TYPES["BF16"]
-GROUP_BYTES = 4 << 20  # of a wide map that goes through several kernels at once, to be found in the caches
+GROUP_BYTES = 6 << 20  # of a wide map that goes through several kernels at once, to be found in the caches
 STRIP = 14  # lines that some kernels do in one go (native/training.h)
 BY_STRIP = ("ACTED_DEPTHWISE", "DEPTHWISE_SLOPE")
 SMALL_MAP = 256  # pixels
@@ -219,9 +219,9 @@ def pool(x: Tensor) -> Tensor:
     return out
 
 
-def pool_slope(x: Tensor, slope: Tensor) -> Tensor:
-    """Go back through `pool`: the gradient of x."""
-    (B, H, W, C), out = x.shape, torch.empty_like(x)
+def pool_slope(x: Tensor, slope: Tensor, out: Tensor) -> Tensor:
+    """Go back through `pool`: the gradient of x, in `out`."""
+    B, H, W, C = x.shape
     run(
         "POOL_SLOPE", images=B, lines=slope.shape[1], cells=slope.shape[2], width=C, in_lines=H, in_cells=W, source=x,
         gradient=slope, out=out,

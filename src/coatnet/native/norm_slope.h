@@ -4,6 +4,14 @@
 
 #include "training.h"
 
+// Call `use(c, mask)` for every 16 channels.
+template <class Use>
+INLINE void by_vector(int64_t width, Use use) {
+    int64_t c = 0;
+    for (; c + 16 <= width; c += 16) use(c, __mmask16(0xffff));
+    if (c < width) use(c, tail(width - c));
+}
+
 // Columns `first` to `last` of `count` rows of `width` numbers, added up in double: what they say may be a small difference.
 template <class Purpose>
 const double* add_rows(const float* rows, int64_t count, int64_t width, int64_t first, int64_t last) {
@@ -88,11 +96,10 @@ inline void normed(const Op op, int64_t thread, int64_t threads) {
         for (int64_t x = 0; x < op.cells; x++) {
             const char* from = op.source + strided_line(op, unit) + x * op.stride * pixel;
             char* out = op.out + unit * line_bytes(op) + x * pixel;
-            for (int64_t c = 0; c < op.width; c += 16) {
-                const __mmask16 mask = tail(op.width - c);
+            by_vector(op.width, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
                 const __m512 factor = by_channel(op.factor, c, mask), shift = by_channel(op.shift, c, mask);
                 store<BF16>(out + 2 * c, _mm512_fmadd_ps(load<BF16>(from + 2 * c, mask), factor, shift), mask);
-            }
+            });
         }
 }
 
@@ -104,11 +111,10 @@ inline void normed_sums(const Op op, int64_t thread, int64_t threads) {
         for (int64_t x = 0; x < op.cells; x++) {
             const char* from = op.source + strided_line(op, unit) + x * op.stride * pixel;
             const char* gradient = op.gradient + unit * line_bytes(op) + x * pixel;
-            for (int64_t c = 0; c < op.width; c += 16) {
-                const __mmask16 mask = tail(op.width - c);
+            by_vector(op.width, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
                 const __m512 g = load<BF16>(gradient + 2 * c, mask);
                 keep_sums(op, unit, c, mask, g, _mm512_mul_ps(g, load<BF16>(from + 2 * c, mask)), x > 0);
-            }
+            });
         }
 }
 
@@ -120,17 +126,25 @@ inline void spread(const Op op, int64_t thread, int64_t threads) {
     for (int64_t unit = share.first; unit < share.last; unit++) {
         const int64_t image = unit / op.in_lines, y = unit % op.in_lines, start = unit * op.in_cells * pixel;
         const char* gradient = op.gradient + (image * op.lines + y / op.stride) * line_bytes(op);
-        for (int64_t x = 0; x < op.in_cells; x++) {
-            const bool is_taken = y % op.stride == 0 && x % op.stride == 0;
-            for (int64_t c = 0; c < op.width; c += 16) {
-                const __mmask16 mask = tail(op.width - c);
-                const int64_t at = start + x * pixel + 2 * c;
-                const __m512 zero = _mm512_setzero_ps();
-                const __m512 g = is_taken ? load<BF16>(gradient + x / op.stride * pixel + 2 * c, mask) : zero;
-                const __m512 mixed = mixture(op, g, load<BF16>(op.source + at, mask), c, mask);
-                store<BF16>(op.out + at, _mm512_add_ps(mixed, load<BF16>(op.residual + at, mask)), mask);
-            }
-        }
+        auto go = [&]<bool TAKEN>(int64_t x) INLINE_LAMBDA {
+            const int64_t at = start + x * pixel;
+            by_vector(op.width, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
+                const __m512 by_source = by_channel(op.mix + op.width, c, mask);
+                __m512 sum = _mm512_add_ps(by_channel(op.mix + 2 * op.width, c, mask),
+                                           load<BF16>(op.residual + at + 2 * c, mask));
+                sum = _mm512_fmadd_ps(load<BF16>(op.source + at + 2 * c, mask), by_source, sum);
+                if (TAKEN)
+                    sum = _mm512_fmadd_ps(load<BF16>(gradient + 2 * c, mask), by_channel(op.mix, c, mask), sum);
+                store<BF16>(op.out + at + 2 * c, sum, mask);
+            });
+            if (TAKEN) gradient += pixel;
+        };
+        const int64_t taken = y % op.stride == 0 ? op.stride : op.in_cells;  // every so many pixels
+        for (int64_t x = 0; x < op.in_cells; x++)
+            if (y % op.stride == 0 && x % taken == 0)
+                go.template operator()<true>(x);
+            else
+                go.template operator()<false>(x);
     }
 }
 
@@ -143,23 +157,24 @@ inline void pool_slope(const Op op, int64_t thread, int64_t threads) {
         const int64_t y = 2 * (unit % op.lines), start = (unit / op.lines * op.in_lines + y) * line;
         for (int64_t x = 0; x < op.cells; x++) {
             const bool has_right = 2 * x + 1 < op.in_cells, has_below = y + 1 < op.in_lines;
-            const bool is_there[4] = {true, has_right, has_below, has_right && has_below};
-            for (int64_t c = 0; c < op.width; c += 16) {
-                const __mmask16 mask = tail(op.width - c);
-                const int64_t at = start + 2 * x * pixel + 2 * c, places[4] = {at, at + pixel, at + line, at + line + pixel};
-                __m512 values[4], largest = load<BF16>(op.source + at, mask);
-                for (int i = 0; i < 4; i++) {
-                    values[i] = is_there[i] ? load<BF16>(op.source + places[i], mask) : values[0];
-                    largest = _mm512_max_ps(largest, values[i]);
-                }
+            const int64_t right = has_right ? pixel : 0, below = has_below ? line : 0;
+            // A pixel that is missing is the one before again: it is never the first of the largest, and its zeros are
+            // written over, from the last to the first.
+            const int64_t places[4] = {0, right, below, right + below};
+            by_vector(op.width, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
+                const int64_t at = start + 2 * x * pixel + 2 * c;
                 const __m512 g = load<BF16>(op.gradient + unit * line_bytes(op) + x * pixel + 2 * c, mask);
-                __mmask16 left = 0xffff;
+                __m512 values[4];
+                for (int i = 0; i < 4; i++) values[i] = load<BF16>(op.source + at + places[i], mask);
+                const __m512 largest =
+                    _mm512_max_ps(_mm512_max_ps(values[0], values[1]), _mm512_max_ps(values[2], values[3]));
+                __mmask16 left = 0xffff, taken[4];
                 for (int i = 0; i < 4; i++) {
-                    const __mmask16 taken = left & _mm512_cmp_ps_mask(values[i], largest, _CMP_EQ_OQ);
-                    left &= ~taken;
-                    if (is_there[i]) store<BF16>(op.out + places[i], _mm512_maskz_mov_ps(taken, g), mask);
+                    taken[i] = left & _mm512_cmp_ps_mask(values[i], largest, _CMP_EQ_OQ);
+                    left &= ~taken[i];
                 }
-            }
+                for (int i = 3; i >= 0; i--) store<BF16>(op.out + at + places[i], _mm512_maskz_mov_ps(taken[i], g), mask);
+            });
         }
     }
 }
@@ -171,38 +186,38 @@ inline void layer_slope(const Op op, int64_t thread, int64_t threads) {
     const int64_t C = op.width, pixel = 2 * C;
     const __m512 zero = _mm512_setzero_ps();
     auto mean_of = [&](__m512 sum) { return _mm512_set1_ps(_mm512_reduce_add_ps(sum) / C); };
+    float* const values = kept<struct Values, float>(C + 16);  // of a pixel, less their mean
     for (int64_t unit = share.first; unit < share.last; unit++)
         for (int64_t x = 0; x < op.cells; x++) {
             const int64_t start = unit * line_bytes(op) + x * pixel;
-            auto each = [&](auto use) INLINE_LAMBDA {
-                for (int64_t c = 0; c < C; c += 16) use(c, start + 2 * c, tail(C - c));
-            };
             __m512 sum = zero, squares = zero, slopes = zero, with_normed = zero;
-            each([&](int64_t, int64_t at, __mmask16 mask) INLINE_LAMBDA {
-                sum = _mm512_add_ps(sum, load<BF16>(op.source + at, mask));
+            by_vector(C, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
+                const __m512 value = load<BF16>(op.source + start + 2 * c, mask);
+                sum = _mm512_add_ps(sum, value);
+                _mm512_store_ps(values + c, value);
             });
             const __m512 mean = mean_of(sum);
-            each([&](int64_t, int64_t at, __mmask16 mask) INLINE_LAMBDA {
-                const __m512 off = _mm512_maskz_sub_ps(mask, load<BF16>(op.source + at, mask), mean);
+            by_vector(C, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
+                const __m512 off = _mm512_maskz_sub_ps(mask, _mm512_load_ps(values + c), mean);
                 squares = _mm512_fmadd_ps(off, off, squares);
+                _mm512_store_ps(values + c, off);
             });
             const float variance = _mm512_reduce_add_ps(squares) / C;
             const __m512 inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(variance + LAYER_NORM_EPS));
-            auto normed_at = [&](int64_t at, __mmask16 mask) INLINE_LAMBDA {
-                return _mm512_mul_ps(_mm512_maskz_sub_ps(mask, load<BF16>(op.source + at, mask), mean), inverse);
-            };
-            each([&](int64_t c, int64_t at, __mmask16 mask) INLINE_LAMBDA {
-                const __m512 g = load<BF16>(op.gradient + at, mask), n = normed_at(at, mask), by_n = _mm512_mul_ps(g, n);
-                const __m512 scale = by_channel(op.scale, c, mask);
-                keep_sums(op, unit, c, mask, by_n, g, x > 0);
+            by_vector(C, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
+                const __m512 g = load<BF16>(op.gradient + start + 2 * c, mask), scale = by_channel(op.scale, c, mask);
+                const __m512 by_normed = _mm512_mul_ps(g, _mm512_mul_ps(_mm512_load_ps(values + c), inverse));
+                keep_sums(op, unit, c, mask, by_normed, g, x > 0);
                 slopes = _mm512_fmadd_ps(g, scale, slopes);
-                with_normed = _mm512_fmadd_ps(by_n, scale, with_normed);
+                with_normed = _mm512_fmadd_ps(by_normed, scale, with_normed);
             });
-            const __m512 by_all = mean_of(slopes), by_normed = mean_of(with_normed);
-            each([&](int64_t c, int64_t at, __mmask16 mask) INLINE_LAMBDA {
-                const __m512 g = _mm512_fmsub_ps(load<BF16>(op.gradient + at, mask), by_channel(op.scale, c, mask), by_all);
-                const __m512 off = _mm512_fnmadd_ps(normed_at(at, mask), by_normed, g);
-                store<BF16>(op.out + at, _mm512_fmadd_ps(off, inverse, load<BF16>(op.residual + at, mask)), mask);
+            const __m512 by_all = mean_of(slopes), by_normed = _mm512_mul_ps(mean_of(with_normed), inverse);
+            by_vector(C, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
+                const __m512 g = load<BF16>(op.gradient + start + 2 * c, mask);
+                const __m512 off = _mm512_fnmadd_ps(_mm512_load_ps(values + c), by_normed,
+                                                    _mm512_fmsub_ps(g, by_channel(op.scale, c, mask), by_all));
+                const __m512 past = load<BF16>(op.residual + start + 2 * c, mask);
+                store<BF16>(op.out + start + 2 * c, _mm512_fmadd_ps(off, inverse, past), mask);
             });
         }
 }

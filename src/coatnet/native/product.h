@@ -115,6 +115,8 @@ void tile(const Op& op, const char* a, const char* w, int64_t steps, const Part&
           const float* bias, int64_t column, char* out, const char* residual, Ahead& ahead) {
     typename Dot<TYPE>::Sum sums[R][V];
     clear<TYPE, R, V>(sums);
+    if (residual && part.last)  // it was written long ago
+        for (int r = 0; r < R; r++) _mm_prefetch(residual + r * op.out_cell + column * bytes(OUT), _MM_HINT_T0);
     if (ahead.at < ahead.end)
         multiply<TYPE, R, true>(a, op.source_cell, w, op.segments, op.segment_stride, steps, sums, &ahead);
     else

@@ -21,12 +21,15 @@ INLINE __m512i zip(__m512i even, __m512i odd) {
     return _mm512_permutex2var_epi16(even, places, odd);
 }
 
-// R rows of `out` by 32 columns.
+// R rows of `out` by 32 columns. Those of the next tile, which lie below, come from far away: they are fetched meanwhile.
 template <int R>
 void slope_tile(const char* rows, const char* columns, int64_t steps, bool first, float* out, int64_t stride,
                 int64_t num_rows, int64_t num_columns) {
     __m512 sums[R][2];
     const __mmask16 masks[2] = {tail(num_columns), tail(num_columns - 16)};
+#pragma GCC unroll 12
+    for (int r = R; r < 2 * R; r++)
+        for (int half = 0; half < 2; half++) __builtin_prefetch(out + r * stride + 16 * half, 1, 3);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++)
         for (int half = 0; half < 2; half++)
