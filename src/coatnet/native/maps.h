@@ -137,13 +137,12 @@ void pool(const Op& op, int64_t thread, int64_t threads) {
         for (int64_t x = 0; x < op.cells; x++) {
             const int64_t left = 2 * x * pixel, right = 2 * x + 1 < op.in_cells ? left + pixel : left;
             char* out = op.out + (unit * op.cells + x) * pixel;
-            for (int64_t c = 0; c < op.width; c += 16) {
-                const __mmask16 mask = tail(op.width - c);
+            by_vector(op.width, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
                 const int64_t at = c * bytes(TYPE);
                 const __m512 upper = larger(load<TYPE>(top + left + at, mask), load<TYPE>(top + right + at, mask));
                 const __m512 lower = larger(load<TYPE>(bottom + left + at, mask), load<TYPE>(bottom + right + at, mask));
                 store<TYPE>(out + at, larger(upper, lower), mask);
-            }
+            });
         }
     }
 }

@@ -4,14 +4,6 @@
 
 #include "training.h"
 
-// Call `use(c, mask)` for every 16 channels.
-template <class Use>
-INLINE void by_vector(int64_t width, Use use) {
-    int64_t c = 0;
-    for (; c + 16 <= width; c += 16) use(c, __mmask16(0xffff));
-    if (c < width) use(c, tail(width - c));
-}
-
 // Columns `first` to `last` of `count` rows of `width` numbers, added up in double: what they say may be a small difference.
 template <class Purpose>
 const double* add_rows(const float* rows, int64_t count, int64_t width, int64_t first, int64_t last) {

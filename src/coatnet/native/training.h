@@ -32,6 +32,7 @@ struct Channels {
 
 enum Sums { NO_SUMS, ONE_SUM, TWO_SUMS };  // of each line; the second is 0 where there is one
 
+constexpr int64_t AHEAD = 2048;  // bytes
 constexpr int64_t SPAN = 512;  // channels whose sums and factors stay in the first cache
 
 // Call `pixel(channels, at)` for every 16 channels of every pixel, `at` bytes into any of the maps. Memory is walked in its
@@ -99,6 +100,8 @@ inline void acted_slope(const Op op, int64_t thread, int64_t threads) {
         const __m512 mean_slope = by_channel(op.mean_slopes + s.image * op.width, s.first, s.mask);
         const __m512 h = s.read(op.source, at), z = s.normed(h);
         const Gelu a = gelu_with_slope(z);
+        __builtin_prefetch(op.gradient + at + AHEAD, 1, 3);  // what is written may still be another thread's
+        __builtin_prefetch(op.out + at + s.moved + AHEAD, 1, 3);
         store<BF16>(op.out + at + s.moved, _mm512_mul_ps(a.value, gate), s.mask);
         const __m512 above = _mm512_fmadd_ps(s.read(op.gradient, at), gate, mean_slope);
         const __m512 slope = _mm512_mul_ps(above, a.slope);
@@ -133,7 +136,6 @@ class Ring {
     }
 };
 
-constexpr int64_t AHEAD = 2048;  // bytes; what fills a ring writes to too many places for the processor to foresee its reads
 
 // ACTED_DEPTHWISE: out = 3x3 depthwise convolution of gelu(factor * source + shift), and the moments of out.
 inline void acted_depthwise(const Op op, int64_t thread, int64_t threads) {

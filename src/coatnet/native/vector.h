@@ -16,6 +16,14 @@ constexpr int64_t bytes(int64_t type) { return type == FP32 ? 4 : type == BF16 ?
 
 INLINE __mmask16 tail(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
+// Call `use(c, mask)` for every 16 channels.
+template <class Use>
+INLINE void by_vector(int64_t width, Use use) {
+    int64_t c = 0;
+    for (; c + 16 <= width; c += 16) use(c, __mmask16(0xffff));
+    if (c < width) use(c, tail(width - c));
+}
+
 // Memory of this thread's own for one purpose, which is a name, from the start of a cache line on. It is not cleared and it
 // lasts, since the system clears new memory page by page.
 template <class Purpose, class T = char>

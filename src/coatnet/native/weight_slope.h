@@ -148,6 +148,7 @@ inline void weight_slope(const Op& op, int64_t thread, int64_t threads) {
 // one of which is 4 -> bf16 panels, (panels, depth / 2, 32, 2); zeros beyond the last. 16 steps of 16 columns at a time,
 // in the order that the weights lie in.
 inline void pack_weights(const Op& op, int64_t thread, int64_t threads) {
+    constexpr int64_t PACK_AHEAD = 256;  // bytes along each of many lines, more than the processor follows
     constexpr int64_t STEPS = 16, K = 2 * STEPS;
     const int64_t steps = (op.depth + 1) / 2, panels = (op.width + PANEL - 1) / PANEL;
     const Share share(panels * 2, thread, threads);
@@ -157,6 +158,8 @@ inline void pack_weights(const Op& op, int64_t thread, int64_t threads) {
         const __mmask16 columns = tail(op.width - unit * 16);
         for (int64_t k = first; k < std::min(first + K, op.depth); k += 2) {
             const __mmask16 odd = k + 1 < op.depth ? columns : 0;
+            _mm_prefetch(source(unit, k) + PACK_AHEAD, _MM_HINT_T0);
+            _mm_prefetch(source(unit, k + 1) + PACK_AHEAD, _MM_HINT_T0);
             _mm512_storeu_si512(packed(unit, k), pairs(_mm512_maskz_loadu_ps(columns, source(unit, k)),
                                                        _mm512_maskz_loadu_ps(odd, source(unit, k + 1))));
         }
@@ -166,6 +169,8 @@ inline void pack_weights(const Op& op, int64_t thread, int64_t threads) {
         for (int c = 0; c < 16; c++) {
             const int64_t count = unit * 16 + c < op.width ? op.depth - first : 0;
             const char* from = source(unit, first) + c * op.source_cell;
+            _mm_prefetch(from + PACK_AHEAD, _MM_HINT_T0);
+            _mm_prefetch(from + PACK_AHEAD + 64, _MM_HINT_T0);
             rows[c] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(tail(count - 16), from + 64),
                                                    _mm512_maskz_loadu_ps(tail(count), from));
         }
