@@ -1,4 +1,4 @@
-"""The kernels' products alone against float64, at the widths and heights where they change their way."""
+"""The kernels alone against float64, at the widths and heights where they change their way."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ import torch
 from torch.nn import functional as F
 
 from coatnet import native
-from coatnet.fast.kernels import GatedWeight, Weight, WeightSlope
+from coatnet.fast.batch_norm import Moments, normed, normed_slope, normed_sums
+from coatnet.fast.fused_mbconv import Gate, Weights
+from coatnet.fast.kernels import (
+    GatedWeight,
+    Weight,
+    WeightSlope,
+    norm_rows,
+    norm_slope,
+    pool,
+    pool_slope,
+    run_map,
+    together,
+    total,
+)
 from coatnet.fast.packing import pack
 
 pytestmark = pytest.mark.skipif(native.missing("bf16") is not None, reason=f"{native.missing('bf16')}")
@@ -49,8 +62,9 @@ def test_the_gradient_of_a_weight_of_any_width(width: int):
     """Tiles of 8, 10 or 12 rows, full or not; either factor wider; pixels beyond what is summed at once."""
     for depth, pixels in ((100, 1500), (128, 33), (6, 450)):
         slope, x = noise(pixels, width), noise(pixels, depth)
-        found = WeightSlope(width, depth).add(slope, x).add(slope, x).total
-        assert_near(found, 2 * slope.double().T @ x.double(), f"{depth} deep, {pixels} pixels")
+        found = WeightSlope(width, depth).add(slope, x).add(slope, x)
+        assert_near(found.total, 2 * slope.double().T @ x.double(), f"{depth} deep, {pixels} pixels")
+        assert_near(found.bias, 2 * slope.double().sum(dim=0), f"bias, {depth} deep, {pixels} pixels")
 
 
 @pytest.mark.parametrize("side", [2, 3, 4, 5])
@@ -74,6 +88,127 @@ def test_a_profile_tells_kinds_apart_and_ends():
     before = dict(seconds)
     weight.product(x)
     assert seconds == before, "what came after the profile was counted"
+
+
+@torch.no_grad()
+def test_residuals_are_added_even_in_place():
+    x, weight, past = noise(30, 64), noise(64, 40).float(), noise(30, 40)
+    want = x.double() @ weight.double() + past.double()
+    assert_near(Weight(weight).product(x, residual=past), want, "a residual")
+    assert_near(Weight(weight).product(x, out=past, residual=past), want, "a residual in place")
+
+
+@torch.no_grad()
+def test_what_is_gathered_is_carried_out_in_order_at_the_end():
+    x, weight = noise(30, 64), noise(64, 64).float()
+    want = Weight(weight).product(Weight(weight).product(x))
+    out = torch.zeros(30, 64, dtype=torch.bfloat16)
+    with together():
+        Weight(weight).product(Weight(weight).product(x), out=out)  # what only lies in between is freed before
+        assert not out.any(), "it was not gathered"
+    assert torch.equal(out, want)
+    left = torch.zeros_like(out)
+    with pytest.raises(KeyError), together():
+        Weight(weight).product(x, out=left)
+        raise KeyError
+    assert not left.any(), "what an error broke off was carried out"
+    assert torch.equal(Weight(weight).product(Weight(weight).product(x)), want), "later calls are still gathered"
+
+
+def slopes_of(out: torch.Tensor, slope: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(out, inputs, slope.double())
+
+
+@pytest.mark.parametrize("channels", [4, 16, 24, 192])
+def test_layer_norm_and_its_way_back(channels: int):
+    x, slope, past = noise(2, 3, 5, channels), noise(2, 5, 3, channels).view(2, 3, 5, channels), noise(30, channels)
+    weight, bias = 1 + noise(channels).float() / 4, noise(channels).float()
+    doubles = [part.detach().double().requires_grad_() for part in (x, weight, bias)]
+    out = F.layer_norm(doubles[0], (channels,), *doubles[1:], eps=1e-5)
+    want = slopes_of(out, slope, *doubles)
+    assert_near(norm_rows(x, weight, bias), out.detach(), "the norm")
+    found, sums = norm_slope(x, slope.clone(), weight, past.view_as(x))
+    assert_near(found, want[0] + past.view_as(x).double(), "the gradient of the map")
+    for number, what in enumerate(("weight", "bias")):
+        assert_near(sums[number], want[1 + number], f"the gradient of the {what}")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (5, 4), (4, 7), (9, 9)])
+def test_pooling_and_its_way_back(size: tuple[int, int]):
+    """At odd edges too; of equal values the first one takes the gradient, as in torch."""
+    x = noise(2, *size, 20).mul(2).round()  # many are equal
+    doubles = x.double().requires_grad_()
+    out = F.max_pool2d(doubles.permute(0, 3, 1, 2), 2, 2, ceil_mode=True).permute(0, 2, 3, 1)
+    slope = noise(*out.shape)
+    assert torch.equal(pool(x).double(), out)
+    assert torch.equal(pool_slope(x, slope, torch.full_like(x, 7.0)).double(), slopes_of(out, slope, doubles)[0])
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_pooling_keeps_what_is_no_number(place: int):
+    x = noise(1, 2, 2, 16)
+    x[0, place // 2, place % 2, 3] = float("nan")
+    found = pool(x)[0, 0, 0]
+    assert found[3].isnan()
+    assert found.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [4, 20, 32])
+def test_batch_norm_before_a_stride_and_its_way_back(channels: int, stride: int):
+    x, past = noise(3, 5, 7, channels) + 1, noise(7, 5, 3, channels).view(3, 5, 7, channels)
+    norm = torch.nn.BatchNorm2d(channels, eps=1e-3).train()
+    with torch.no_grad():
+        norm.weight.copy_(noise(channels).float())
+        norm.bias.copy_(noise(channels, 1).float()[:, 0])
+    twin = torch.nn.BatchNorm2d(channels, eps=1e-3).train()
+    twin.load_state_dict(norm.state_dict())
+    twin.double()
+    doubles = x.double().requires_grad_()
+    want_out = twin(doubles.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, ::stride, ::stride]
+    slope = noise(*want_out.shape)
+    want = slopes_of(want_out, slope, doubles, twin.weight, twin.bias)
+    moments = Moments(run_map("MOMENTS", x), x[..., 0].numel(), norm)
+    moments.follow(norm)
+    for name, value in twin.named_buffers():
+        assert torch.allclose(norm.get_buffer(name).double(), value.double(), rtol=1e-4), f"{name} is another"
+    assert_near(normed(x, moments, stride), want_out.detach(), "the norm")
+    sums, out = torch.empty(*slope.shape[:2], 2, channels), torch.empty_like(x)
+    normed_sums(x, slope, stride, sums)
+    weight_slope, bias_slope, mix = moments.backward(sums)
+    normed_slope(x, slope, stride, mix, past, out)
+    assert_near(weight_slope, want[1], "the gradient of the weight")
+    assert_near(bias_slope, want[2], "the gradient of the bias")
+    assert_near(out, want[0] + past.double(), "the gradient of the map")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_squeeze_excite_and_its_way_back(batch: int):
+    """The gates of a map, and with their gradients what reaches each pixel and the weights."""
+    channels, squeezed, pixels = 40, 6, 12
+    x, slope = noise(batch, 3, 4, channels), noise(batch, channels).float()
+    shapes = (squeezed, channels, 1, 1), (squeezed,), (channels, squeezed, 1, 1), (channels,)
+    weights = [noise(*shape).float() / 4 for shape in shapes]
+    doubles = [part.double().requires_grad_() for part in (x, *weights)]
+    means = doubles[0].mean(dim=(1, 2))
+    hidden = F.silu(F.linear(means, doubles[1].flatten(1), doubles[2]))
+    want = F.linear(hidden, doubles[3].flatten(1), doubles[4]).sigmoid()
+    want_slopes = slopes_of(want, slope, *doubles)
+    w = Weights(*[torch.empty(0)] * 8, *weights, *[torch.empty(0)] * 2, None, None)  # type: ignore[arg-type]
+    gate = Gate(w, pixels)
+    of_map = x.float().sum(dim=(1, 2))
+    assert_near(gate.gates(torch.stack([of_map, of_map], dim=1)[:, None].contiguous()), want.detach(), "the gates")
+    kept = gate.room(batch)
+    gates, by_pixel = gate.backward(torch.stack([slope, of_map], dim=1)[:, None].contiguous(), kept)
+    assert_near(gates, want.detach(), "the gates again")
+    assert_near(by_pixel, want_slopes[0][:, 0, 0], "what reaches a pixel")
+    for found, wanted, name in zip(gate.slopes(kept, w), want_slopes[1:], ("reduce", "its bias", "excite", "its bias")):
+        assert_near(found, wanted, f"the gradient of {name}")
+
+
+def test_sums_of_many_rows_are_as_of_doubles():
+    rows = torch.randn(5000, 9, 24, generator=torch.Generator().manual_seed(0)) * 1e3
+    assert torch.equal(total(rows), rows.double().sum(dim=0).float())
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])

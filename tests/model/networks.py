@@ -29,6 +29,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "layer norm": {"mbconv_norm": "layer"},
     "depthwise stride": {"stride_in": "depthwise"},
     "few strides": {"strides": (1, 2, 1, 2, 1), "depths": (3, 1, 1, 2, 1)},  # and a stem of three convolutions
+    "heads of 32": {"head_dim": 32, "widths": (4, 8, 8, 32, 64)},  # as in the paper
+    "heads of 32, no bias": {"head_dim": 32, "widths": (4, 8, 8, 32, 64), "relative_attention": "none"},
     "listing": {"blocks": "listing", "head": "plain", "head_dim": 32, "widths": (4, 8, 8, 32, 32)},
 }
 

@@ -25,7 +25,6 @@ from coatnet.fast.kernels import (
     run,
     run_map,
     scratch,
-    sum_of_rows,
     sums_for,
     together,
     total,
@@ -71,7 +70,7 @@ class Weights(NamedTuple):
         return Projection(self.project, self.project_bias)
 
 
-class _Gate:
+class Gate:
     """Squeeze-excite for maps of so many pixels, from the sums of a kernel over them, (B, parts, 2, C)."""
 
     def __init__(self, w: Weights, pixels: int) -> None:
@@ -142,7 +141,7 @@ class Inverted(torch.autograd.Function):
             sums = run_map("ACTED_DEPTHWISE", expanded, weight=w.taps, out=filtered, **first.fields)
             second = Moments(sums, B * H * W, norms[2])
             past = shorten(x_rows, w.projection, pooled=pooled)
-            gate, shrink = _Gate(w, H * W), GatedWeight(w.shrink.flatten(1), w.shrink_bias, images=B, pixels=H * W)
+            gate, shrink = Gate(w, H * W), GatedWeight(w.shrink.flatten(1), w.shrink_bias, images=B, pixels=H * W)
             out = torch.empty_like(past)
             for group in groups(expanded):
                 acted = scratch("group", filtered[group].shape)
@@ -168,7 +167,7 @@ class Inverted(torch.autograd.Function):
         with together():
             past, projection_slopes = shorten_slope(x_rows, whole_slope, w.projection, pooled=ctx.pooled)
             shrink, shrink_slope = Weight(w.shrink.flatten(1)), WeightSlope(w.shrink.shape[0], hidden)
-            gate, acted_slope, sums = _Gate(w, H * W), scratch("slope", filtered.shape), sums_for("ACTED_SLOPE", filtered)
+            gate, acted_slope, sums = Gate(w, H * W), scratch("slope", filtered.shape), sums_for("ACTED_SLOPE", filtered)
             kept = gate.room(B)
             for group in groups(expanded):
                 here = {"source": filtered[group], "gradient": shrink.product(slope[group], out=acted_slope[group])}
@@ -203,10 +202,9 @@ class Inverted(torch.autograd.Function):
                 if ctx.pooled:
                     around = pool_slope(here, around, scratch("group", here.shape))
                 normed_slope(here, source_slope[group], ctx.stride, mix, around, x_slope[group])
-            bias_slope = sum_of_rows(slope)
         slopes = (
             norm_slope, norm_bias_slope, expand_slope.total.view_as(w.expand), norm1_slope, norm1_bias_slope,
             taps_slope.T.reshape(w.depthwise.shape), norm2_slope, norm2_bias_slope, *gate.slopes(kept, w),
-            shrink_slope.total.view_as(w.shrink), bias_slope, *projection_slopes,
+            shrink_slope.total.view_as(w.shrink), shrink_slope.bias, *projection_slopes,
         )  # fmt: skip
         return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, *slopes  # in the order of Weights

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from coatnet.fast.kernels import Weight, WeightSlope, pool, sum_of_rows
+from coatnet.fast.kernels import Weight, WeightSlope, pool
 from coatnet.model.layers import Pool
 
 
@@ -39,6 +39,6 @@ def shorten_slope(x: Tensor, slope: Tensor, projection: Projection, *, pooled: b
     if projection.weight is None:
         return slope, Projection(None, None)
     matrix = projection.weight.flatten(1)
-    weight_slope = WeightSlope(*matrix.shape).add(slope, pool(x) if pooled else x).total
-    found = Projection(weight_slope.view_as(projection.weight), sum_of_rows(slope))
+    weight_slope = WeightSlope(*matrix.shape).add(slope, pool(x) if pooled else x)
+    found = Projection(weight_slope.total.view_as(projection.weight), weight_slope.bias)
     return Weight(matrix).product(slope), found

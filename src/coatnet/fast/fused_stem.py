@@ -184,12 +184,11 @@ def _taps_slope(slope: Tensor, source: Tensor) -> Tensor:
     side by side.
     """
     B, H, W, D = slope.shape
-    C, found = source.shape[3], torch.empty(3, D, 3 * source.shape[3])
-    flat_slope, flat_source = slope.flatten(0, 2), source.flatten(0, 2)
-    start, cells = W + 1, B * H * W - 2 * (W + 1)
-    for number, line in enumerate((-1, 0, 1)):
-        run(
-            "WEIGHT_SLOPE", cells=cells, width=D, depth=3 * C, gradient=flat_slope[start:],
-            source=flat_source[start + line * W - 1 :], source_cell=2 * C, out=found[number],
-        )  # fmt: skip
-    return found.unflatten(2, (3, C)).permute(1, 3, 0, 2)
+    C = source.shape[3]
+    flat_slope, flat_source, found = slope.flatten(0, 2), source.flatten(0, 2), torch.empty(D, 3, 3, C)
+    start = W + 1
+    run(
+        "WEIGHT_SLOPE", cells=B * H * W - 2 * start, width=D, depth=3 * C, segments=3, segment_stride=2 * C * W,
+        gradient=flat_slope[start:], source=flat_source[start - W - 1 :], source_cell=2 * C, out=found,
+    )  # fmt: skip
+    return found.permute(0, 3, 1, 2)

@@ -23,9 +23,7 @@ from coatnet.fast.kernels import (
     run,
     run_map,
     scratch,
-    sum_of_rows,
     together,
-    total,
 )
 from coatnet.model.attention import Attention, FeedForward, Transformer
 
@@ -84,23 +82,23 @@ class Attended(torch.autograd.Function):
         bias_slope = None if bias is None else torch.zeros_like(bias)
         with together():
             past, projection_slopes = shorten_slope(x_rows, whole_slope, Projection(*projection), pooled=ctx.pooled)
-            project_slope = WeightSlope(*project.shape).add(slope, mixed).total
-            project_bias_slope = sum_of_rows(slope)
+            project_slope = WeightSlope(*project.shape).add(slope, mixed)
             mixed_slope, queries_slope = Weight(project).product(slope), torch.empty_like(queries)
             run(
                 "ATTENTION_SLOPE", source=queries, bias=0 if bias is None else bias, residual=mixed,
                 gradient=mixed_slope, weight_sums=0 if bias_slope is None else bias_slope, out=queries_slope,
                 **ctx.fields,
             )  # fmt: skip
-            qkv_slope = WeightSlope(*qkv.shape).add(queries_slope, source).total
-            qkv_bias_slope = sum_of_rows(queries_slope)
+            qkv_slope = WeightSlope(*qkv.shape).add(queries_slope, source)
             normed_slope = Weight(qkv).product(queries_slope)
             if ctx.pooled:
                 normed = norm_rows(x_rows, norm, norm_bias, out=scratch("group", x_rows.shape))
                 normed_slope = pool_slope(normed, normed_slope, torch.empty_like(x_rows))
                 past = pool_slope(x_rows, past, torch.empty_like(x_rows))
             x_slope, norm_slopes = norm_slope(x_rows, normed_slope, norm, past)
-        slopes = (*norm_slopes, qkv_slope, qkv_bias_slope, project_slope, project_bias_slope, *projection_slopes)
+        slopes = (
+            *norm_slopes, qkv_slope.total, qkv_slope.bias, project_slope.total, project_slope.bias, *projection_slopes,
+        )  # fmt: skip
         return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, bias_slope, *slopes
 
 
@@ -147,15 +145,14 @@ class Fed(torch.autograd.Function):
             hidden_slope = Weight(weight2).product(slope, out=scratch("slope", hidden.shape))
             acted = scratch("group", hidden.shape)
             ones = torch.ones(len(hidden), hidden.shape[-1])
-            sums = run_map(
+            run_map(
                 "ACTED_SLOPE", hidden, gradient=hidden_slope, factor=ones, shift=bias1.detach().float(), gates=ones,
                 mean_slopes=torch.zeros_like(ones), out=acted,
             )  # fmt: skip
-            bias1_slope, bias2_slope = total(sums)[0], sum_of_rows(slope)
-            weight2_slope = WeightSlope(*weight2.shape).add(slope, acted).total
-            weight1_slope = WeightSlope(*weight1.shape).add(hidden_slope, source).total
+            second = WeightSlope(*weight2.shape).add(slope, acted)
+            first = WeightSlope(*weight1.shape).add(hidden_slope, source)
             x_slope, norm_slopes = Weight(weight1).product(hidden_slope), (None, None)
             if norm is not None:
                 x_slope, norm_slopes = norm_slope(x_rows, x_slope, norm, whole_slope)
-        slopes = (*norm_slopes, weight1_slope, bias1_slope, weight2_slope, bias2_slope)
+        slopes = (*norm_slopes, first.total, first.bias, second.total, second.bias)
         return x_slope.to(ctx.in_dtype), None, *slopes

@@ -167,18 +167,18 @@ class GatedWeight:
 
 
 class WeightSlope:
-    """The gradient of a product's weight, (N, K) float32, summed over calls of `add`."""
+    """The gradients of a product's weight, (N, K) float32, and of its bias, (N,), summed over calls of `add`."""
 
     def __init__(self, N: int, K: int) -> None:
-        self.total = torch.empty(N, K)
+        self.total, self.bias = torch.empty(N, K), torch.empty(N)
         self.adds = 0
 
     def add(self, slope: Tensor, x: Tensor) -> WeightSlope:
         """Add the sum over all rows of slope (..., N) times x (..., K), bf16."""
         N, K = self.total.shape
         run(
-            "WEIGHT_SLOPE", cells=x.numel() // K, width=N, depth=K, gradient=slope, source=x, source_cell=2 * K,
-            adds=self.adds, out=self.total,
+            "WEIGHT_SLOPE", cells=x.numel() // K, width=N, depth=K, segments=1, gradient=slope, source=x,
+            source_cell=2 * K, adds=self.adds, out=self.total, sums=self.bias,
         )  # fmt: skip
         self.adds = 1
         return self

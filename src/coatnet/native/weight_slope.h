@@ -1,7 +1,8 @@
-// WEIGHT_SLOPE: the gradient of a product's weights, out (width, depth) fp32 = the sum over all pixels (cells) of
-// gradient (cells, width) times source (cells, depth), bf16, the latter `source_cell` bytes from pixel to pixel. Two
-// pixels are put side by side in 32 bits, as bf16 products want them, for both factors; tiles of `out` are shared among
-// threads, so that sums do not depend on them.
+// WEIGHT_SLOPE: the gradient of a product's weights, out (width, segments, depth) fp32 = the sum over all pixels (cells) of
+// gradient (cells, width) times source (cells, depth), bf16, the latter `source_cell` bytes from pixel to pixel and
+// `segment_stride` bytes from segment to segment; where `sums` is given, the bias's too (width). Two pixels are put side by
+// side in 32 bits, as bf16 products want them, for both factors; tiles of `out` are shared among threads, so that sums do
+// not depend on them.
 // PACK: weights as products want them.
 #pragma once
 
@@ -50,25 +51,35 @@ struct Factors {
     static constexpr int64_t TILE_BYTES = AT_ONCE / 2 * 4 * R + 64, PANEL_BYTES = AT_ONCE / 2 * 128 + 64;
 
     // Pairs of R channels for each tile from `first` on: cache lines hold parts of several.
-    void zip_tiles(int64_t first, int64_t last, char* out) const {
+    void zip_tiles(int64_t first, int64_t last, char* out, bool with_sums) const {
         const char* map = op.gradient + 2 * (start * op.width + first * R);
         const int64_t whole = std::min(last, op.width / R);
         const int64_t num_bytes = 2 * R * (last - first);
+        const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+        __m512 sums[TILES] = {};
         each_pair(map, 2 * op.width, num_bytes, [&](const char* even, const char* odd, int64_t step) INLINE_LAMBDA {
             auto pair = [&](int64_t t, __mmask16 channels) INLINE_LAMBDA {
                 const __m512i pairs = zip<0>(read(even, t * R, channels), read(odd, t * R, channels));
                 _mm512_mask_storeu_epi32(out + t * TILE_BYTES + 4 * R * step, (1 << R) - 1, pairs);
+                if (with_sums) sums[t] = _mm512_dpbf16_ps(sums[t], (__m512bh)pairs, ones);
             };
             for (int64_t t = 0; t < whole - first; t++) pair(t, (1 << R) - 1);
             if (whole < last) pair(whole - first, tail(op.width - whole * R));
         });
+        if (!with_sums) return;
+        for (int64_t t = first; t < last; t++) {
+            const __mmask16 channels = tail(std::min<int64_t>(R, op.width - t * R)), added = begins() ? 0 : channels;
+            float* const to = op.sums + t * R;
+            _mm512_mask_storeu_ps(to, channels, _mm512_add_ps(sums[t - first], _mm512_maskz_loadu_ps(added, to)));
+        }
     }
     void zip_panels(int64_t first, int64_t last, char* out) const {
-        const char* map = op.source + start * op.source_cell + 2 * first * PANEL;
+        const int64_t column = first % per_segment() * PANEL;
+        const char* map = op.source + start * op.source_cell + first / per_segment() * op.segment_stride + 2 * column;
         const int64_t num_bytes = 2 * PANEL * (last - first);
         each_pair(map, op.source_cell, num_bytes, [&](const char* even, const char* odd, int64_t step) INLINE_LAMBDA {
             for (int64_t p = 0; p < last - first; p++) {
-                const int64_t left = op.depth - (first + p) * PANEL;
+                const int64_t left = op.depth - column - p * PANEL;
                 const __mmask32 channels = left >= PANEL ? ~0u : (1u << left) - 1;
                 const __m512i a = read(even, p * PANEL, channels), b = read(odd, p * PANEL, channels);
                 _mm512_storeu_si512(out + p * PANEL_BYTES + 128 * step, zip<0>(a, b));
@@ -91,9 +102,16 @@ struct Factors {
         return _mm512_maskz_loadu_epi16(pixel ? mask : 0, pixel + 2 * channel);
     }
     void multiply(int64_t tile, const char* rows, int64_t panel, const char* columns) const {
-        slope_tile<R>(rows, columns, (pixels + 1) / 2, start == 0 && !op.adds,
-                      (float*)op.out + tile * R * op.depth + panel * PANEL, op.depth, op.width - tile * R,
-                      op.depth - panel * PANEL);
+        const int64_t column = panel % per_segment() * PANEL, stride = op.segments * op.depth;
+        slope_tile<R>(rows, columns, (pixels + 1) / 2, begins(),
+                      (float*)op.out + tile * R * stride + panel / per_segment() * op.depth + column, stride,
+                      op.width - tile * R, op.depth - column);
+    }
+    bool begins() const { return start == 0 && !op.adds; }
+    int64_t per_segment() const { return (op.depth + PANEL - 1) / PANEL; }
+    // The end of what is zipped with panel `first`: a few of the same segment.
+    int64_t last_beside(int64_t first, int64_t end) const {
+        return std::min({first + PANELS, (first / per_segment() + 1) * per_segment(), end});
     }
 };
 
@@ -102,8 +120,8 @@ struct Factors {
 template <int R>
 void weight_slope_by(const Op& op, int64_t thread, int64_t threads) {
     using F = Factors<R>;
-    const int64_t tiles = (op.width + R - 1) / R, panels = (op.depth + PANEL - 1) / PANEL;
-    const bool by_panel = op.width <= op.depth;
+    const int64_t tiles = (op.width + R - 1) / R, panels = op.segments * ((op.depth + PANEL - 1) / PANEL);
+    const bool by_panel = op.width <= op.segments * op.depth;
     char* const rows = kept<struct Rows>((by_panel ? tiles : TILES) * F::TILE_BYTES);
     char* const columns = kept<struct Columns>((by_panel ? PANELS : panels) * F::PANEL_BYTES);
     for (int64_t start = 0; start < op.cells; start += AT_ONCE) {
@@ -111,9 +129,10 @@ void weight_slope_by(const Op& op, int64_t thread, int64_t threads) {
         if (by_panel) {
             const Share own(tiles * panels, thread, threads);
             for (int64_t t = 0; t < tiles; t += TILES)
-                factors.zip_tiles(t, std::min(t + TILES, tiles), rows + t * F::TILE_BYTES);
-            for (int64_t first = own.first / tiles; first * tiles < own.last; first += PANELS) {
-                const int64_t last = std::min(first + PANELS, (own.last + tiles - 1) / tiles);
+                factors.zip_tiles(t, std::min(t + TILES, tiles), rows + t * F::TILE_BYTES, op.sums && thread == 0);
+            const int64_t end = (own.last + tiles - 1) / tiles;
+            for (int64_t first = own.first / tiles, last; first * tiles < own.last; first = last) {
+                last = factors.last_beside(first, end);
                 factors.zip_panels(first, last, columns);
                 for (int64_t p = first; p < last; p++) {
                     const int64_t end = std::min(tiles, own.last - p * tiles);
@@ -123,11 +142,13 @@ void weight_slope_by(const Op& op, int64_t thread, int64_t threads) {
             }
         } else {
             const Share own(tiles, thread, threads);
-            for (int64_t p = 0; p < panels; p += PANELS)
-                factors.zip_panels(p, std::min(p + PANELS, panels), columns + p * F::PANEL_BYTES);
+            for (int64_t p = 0, last; p < panels; p = last) {
+                last = factors.last_beside(p, panels);
+                factors.zip_panels(p, last, columns + p * F::PANEL_BYTES);
+            }
             for (int64_t first = own.first; first < own.last; first += TILES) {
                 const int64_t last = std::min(first + TILES, own.last);
-                factors.zip_tiles(first, last, rows);
+                factors.zip_tiles(first, last, rows, op.sums);
                 for (int64_t p = 0; p < panels; p++)
                     for (int64_t t = first; t < last; t++)
                         factors.multiply(t, rows + (t - first) * F::TILE_BYTES, p, columns + p * F::PANEL_BYTES);
