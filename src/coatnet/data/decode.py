@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 import simplejpeg
@@ -92,9 +93,10 @@ def _reason(error: Exception) -> str:
 def _read(content: bytes | Path) -> bytes:
     """Return the bytes, having looked at their number first."""
     if isinstance(content, Path):
-        if content.exists() and not content.is_file():
+        found = content.stat()
+        if not S_ISREG(found.st_mode):
             raise _LimitError("not a file.")
-        num_bytes = content.stat().st_size
+        num_bytes = found.st_size
     else:
         num_bytes = len(content)
     if num_bytes == 0:

@@ -78,7 +78,8 @@ class Augmentation:
             out = self._pad_and_crop(image, rng, flip)
         else:
             out = _resize(_to_tensor(_cut(image, *seen[0]), self.channels), self.size)
-            out = (out.flip(-1) if flip else out).contiguous()
+            seen_CHW = out.numpy()[:, :, ::-1] if flip else out.numpy()
+            out = torch.from_numpy(np.ascontiguousarray(seen_CHW))  # one pass, where torch would mirror first
         if config.randaugment_ops:
             from coatnet.data.randaugment import randaugment  # brings torchvision, slow to load; predict needs none
 
