@@ -100,8 +100,10 @@ _KEPT = threading.local()
 
 def groups(wide: Tensor) -> Iterator[slice]:
     """Cut a map's images into groups that the caches hold."""
-    size = max(1, GROUP_BYTES // max(1, wide[0].nbytes))
-    return (slice(start, start + size) for start in range(0, len(wide), size))
+    count = len(wide)
+    most = max(1, GROUP_BYTES // max(1, wide[0].nbytes))
+    size = -(-count // -(-count // most))  # as even as they come
+    return (slice(start, start + size) for start in range(0, count, size))
 
 
 class Weight:
