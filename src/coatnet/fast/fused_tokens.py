@@ -21,7 +21,6 @@ from coatnet.fast.kernels import (
     pool,
     pool_slope,
     run,
-    run_map,
     scratch,
     together,
 )
@@ -124,31 +123,26 @@ class Fed(torch.autograd.Function):
         past = None if norm is None or scale_B is not None else x_rows
         with together():
             source = x_rows if norm is None or norm_bias is None else norm_rows(x_rows, norm, norm_bias)
-            hidden = Weight(weight1.T).product(source)
-            acted, ones = scratch("group", hidden.shape), torch.ones(hidden.shape[-1])
-            run_map("ACTED", hidden, factor=ones, shift=bias1.detach().float(), out=acted)
+            hidden = source.new_empty(*source.shape[:-1], len(weight1))
+            acted = scratch("group", hidden.shape)
+            Weight(weight1.T, bias1).product(source, out=acted, act="GELU_KEPT", beside=hidden)
             out = Weight(weight2.T, bias2).product(acted, residual=past)
         if scale_B is not None:
             out = x_rows + out * scale_B
-        ctx.save_for_backward(x_rows, source, hidden, scale_B, norm, weight1, bias1, weight2)
+        ctx.save_for_backward(x_rows, source, hidden, scale_B, norm, weight1, weight2)
         ctx.in_dtype = x.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_rows, source, hidden, scale_B, norm, weight1, bias1, weight2 = ctx.saved_tensors
+        x_rows, source, hidden, scale_B, norm, weight1, weight2 = ctx.saved_tensors
         whole_slope = slope = bf16_rows(slope)
         if scale_B is not None:
             slope = whole_slope * scale_B
         with together():
-            hidden_slope = Weight(weight2).product(slope, out=scratch("slope", hidden.shape))
-            acted = scratch("group", hidden.shape)
-            ones = torch.ones(len(hidden), hidden.shape[-1])
-            run_map(
-                "ACTED_SLOPE", hidden, gradient=hidden_slope, factor=ones, shift=bias1.detach().float(), gates=ones,
-                mean_slopes=torch.zeros_like(ones), out=acted,
-            )  # fmt: skip
+            hidden_slope, acted = scratch("slope", hidden.shape), scratch("group", hidden.shape)
+            Weight(weight2).product(slope, out=hidden_slope, residual=hidden, act="GELU_SLOPE", beside=acted)
             second = WeightSlope(*weight2.shape).add(slope, acted)
             first = WeightSlope(*weight1.shape).add(hidden_slope, source)
             x_slope, norm_slopes = Weight(weight1).product(hidden_slope), (None, None)

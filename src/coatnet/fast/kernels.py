@@ -123,14 +123,26 @@ class Weight:
         bias_N = torch.zeros(self.width) if bias_N is None else bias_N.detach().float()
         self.bias = F.pad(bias_N, (0, -self.width % PANEL))
 
-    def product(self, x: Tensor, out: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """Multiply the last dimension: (..., K) bf16 -> (..., N) bf16, plus `residual`, which may be `out`."""
+    def product(
+        self,
+        x: Tensor,
+        out: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        act: str = "LINEAR",
+        beside: Tensor | None = None,
+    ) -> Tensor:
+        """Multiply the last dimension: (..., K) bf16 -> (..., N) bf16, plus `residual`, which may be `out`.
+
+        With `act` "GELU_KEPT" through GELU, and what that takes goes to `beside`; with "GELU_SLOPE" back through GELU
+        that took `residual`, and what it gave goes to `beside`.
+        """
         K, N = self.depth, self.width
         out = x.new_empty(*x.shape[:-1], N) if out is None else out
         run(
             "PRODUCT", type=BF16, out_type=BF16, images=1, lines=1, cells=x.numel() // K, depth=K, width=N, segments=1,
-            source_cell=2 * K, out_cell=2 * N, source=x, weight=self.packed, bias=self.bias, out=out,
-            residual=0 if residual is None else residual,
+            source_cell=2 * K, out_cell=2 * N, source=x, weight=self.packed, bias=self.bias, act=native.ACTS[act],
+            residual=0 if residual is None else residual, beside=0 if beside is None else beside, out=out,
         )  # fmt: skip
         return out
 

@@ -14,6 +14,7 @@ void unfold(const Op& op, int64_t thread, int64_t threads) {
     const int64_t count = (op.in_cells + op.padding + op.kernel + op.stride) * C + 32;
     float* const lines = kept<struct Unfolded, float>(op.kernel * count);
     std::fill_n(lines, op.kernel * count, 0.0f);
+    const bool in_order = op.source_channel == 4 && op.source_cell == 4 * C;
     std::vector<int> offsets(op.in_cells * C + 16);
     for (int64_t i = 0; i < op.in_cells * C; i++) offsets[i] = i / C * op.source_cell + i % C * op.source_channel;
     auto arrange = [&](int64_t image, int64_t y, float* to) {
@@ -25,8 +26,9 @@ void unfold(const Op& op, int64_t thread, int64_t threads) {
         for (int64_t i = 0; i < op.in_cells * C; i += 16) {
             const __mmask16 mask = tail(op.in_cells * C - i);
             const __m512i places = _mm512_loadu_si512(&offsets[i]);
-            _mm512_mask_storeu_ps(to + before + i, mask,
-                                  _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, places, from, 1));
+            const __m512 values = in_order ? _mm512_maskz_loadu_ps(mask, from + 4 * i)
+                                           : _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, places, from, 1);
+            _mm512_mask_storeu_ps(to + before + i, mask, values);
         }
     };
     const Share share(op.images * op.lines, thread, threads);

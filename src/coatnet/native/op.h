@@ -10,7 +10,7 @@ enum Kind : int64_t {
     EXCITE_SLOPE
 };
 enum Type : int64_t { FP32, BF16, UINT8 };
-enum Act : int64_t { LINEAR, GELU };
+enum Act : int64_t { LINEAR, GELU, GELU_KEPT, GELU_SLOPE };
 enum Relative : int64_t { NONE, PRE, POST };
 
 struct Op {
@@ -40,6 +40,7 @@ struct Op {
     const float *factor, *shift, *gates, *mean_slopes, *mix;
     const float *eps;
     float *weight_sums;
+    char *beside;                           // PRODUCT: a second map that lies as the output does (GELU_KEPT, GELU_SLOPE)
     int64_t adds;                           // WEIGHT_SLOPE: 1 where it adds to what `out` holds
     char *out;
 };

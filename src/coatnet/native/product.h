@@ -92,12 +92,22 @@ INLINE void multiply(const char* a, int64_t row_stride, const char* w, int64_t s
     }
 }
 
-// Scale, bias, GELU, residual, 8 bit: what becomes of one vector of sums, for channels `at` and on.
+// Scale, bias, GELU, residual, 8 bit: what becomes of one vector of sums, for channels `at` and on. Training has two more
+// (bf16): GELU_KEPT writes what GELU takes beside; GELU_SLOPE is the way back through it, where the residual is what it
+// took, and writes what it gave beside.
 template <int TYPE, int OUT>
 INLINE __m512 finish(const Op& op, __m512 sum, __m512 scale, __m512 bias, const char* residual, __m512 out_scale,
-                     __m512 out_zero, __mmask16 mask) {
+                     __m512 out_zero, char* beside, __mmask16 mask) {
     __m512 value = TYPE == UINT8 ? _mm512_fmadd_ps(sum, scale, bias) : _mm512_add_ps(sum, bias);
-    if (op.act == GELU) value = gelu<TYPE == FP32>(value);
+    if constexpr (TYPE == BF16 && OUT == BF16) {
+        if (op.act == GELU_SLOPE) {
+            const Gelu found = gelu_with_slope(load<OUT>(residual, mask));
+            store<OUT>(beside, found.value, mask);
+            return _mm512_mul_ps(value, found.slope);
+        }
+        if (op.act == GELU_KEPT) store<OUT>(beside, value, mask);
+    }
+    if (op.act != LINEAR) value = gelu<TYPE == FP32>(value);
     if (residual) value = _mm512_add_ps(value, load<OUT>(residual, mask));
     if (OUT == UINT8) value = _mm512_fmadd_ps(value, out_scale, out_zero);
     return value;
@@ -138,7 +148,8 @@ void tile(const Op& op, const char* a, const char* w, int64_t steps, const Part&
         for (int r = 0; r < R; r++) {
             const int64_t place = r * op.out_cell + at * bytes(OUT);
             const __m512 value = finish<TYPE, OUT>(op, Dot<TYPE>::real(sums[r][half]), s, b,
-                                                   residual ? residual + place : nullptr, os, oz, mask);
+                                                   residual ? residual + place : nullptr, os, oz,
+                                                   op.beside + (out - op.out) + place, mask);
             store<OUT>(out + place, value, mask);
         }
     }
