@@ -21,11 +21,7 @@ class Moments:
             "BATCH_NORM", images=_num_rows(sums), width=self.width, cells=count, sums=sums, out=self.found,
             scale=norm.weight.detach().float(), bias=norm.bias.detach().float(), eps=torch.full((1,), norm.eps),
         )  # fmt: skip
-
-    @property
-    def fields(self) -> dict[str, Tensor]:
-        """What the kernels ask for that norm a map."""
-        return {"factor": self.found[0], "shift": self.found[1]}
+        self.fields = {"factor": self.found[0], "shift": self.found[1]}  # what the kernels ask for that norm a map
 
     def backward(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of weight and bias, and what mixes slope and map to the map's gradient, (3, C).

@@ -202,9 +202,10 @@ class Inverted(torch.autograd.Function):
                 if ctx.pooled:
                     around = pool_slope(here, around, scratch("group", here.shape))
                 normed_slope(here, source_slope[group], ctx.stride, mix, around, x_slope[group])
+            (shrink_total, shrink_bias_total), (expand_total, _) = shrink_slope.total(), expand_slope.total()
         slopes = (
-            norm_slope, norm_bias_slope, expand_slope.total.view_as(w.expand), norm1_slope, norm1_bias_slope,
+            norm_slope, norm_bias_slope, expand_total.view_as(w.expand), norm1_slope, norm1_bias_slope,
             taps_slope.T.reshape(w.depthwise.shape), norm2_slope, norm2_bias_slope, *gate.slopes(kept, w),
-            shrink_slope.total.view_as(w.shrink), shrink_slope.bias, *projection_slopes,
+            shrink_total.view_as(w.shrink), shrink_bias_total, *projection_slopes,
         )  # fmt: skip
         return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, *slopes  # in the order of Weights

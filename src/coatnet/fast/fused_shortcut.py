@@ -39,6 +39,6 @@ def shorten_slope(x: Tensor, slope: Tensor, projection: Projection, *, pooled: b
     if projection.weight is None:
         return slope, Projection(None, None)
     matrix = projection.weight.flatten(1)
-    weight_slope = WeightSlope(*matrix.shape).add(slope, pool(x) if pooled else x)
-    found = Projection(weight_slope.total.view_as(projection.weight), weight_slope.bias)
+    weight_slope, bias_slope = WeightSlope(*matrix.shape).add(slope, pool(x) if pooled else x).total()
+    found = Projection(weight_slope.view_as(projection.weight), bias_slope)
     return Weight(matrix).product(slope), found

@@ -62,15 +62,14 @@ def _convolutions(weights: Sequence[Tensor]) -> list[Convolution]:
 class Stemmed(torch.autograd.Function):
     """S0: images (B, C, H, W) float -> (B, D, h, w) bf16. Images get no gradient.
 
-    Kept are the maps that BatchNorm norms, but for the first: the images lie there anyway, and their patches' product
-    costs little. What the activation makes of the maps exists for a group of images at a time.
+    Kept are the images' patches and the maps that BatchNorm norms, but for the first: the patches' product costs little. What the activation makes of the maps exists for a group of images at a time.
     """
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, stem: ConvStem, *weights: Tensor) -> Tensor:
         first, *inner = _convolutions(weights)
         norms = [batch_norm_of(norm) for norm in list(stem)[1::3]]
-        ctx.stem, ctx.moments = stem, []
+        ctx.moments = []
         with together():
             patches = _unfold(images, stem)
             made = [first.of_patches(patches)]
@@ -79,18 +78,17 @@ class Stemmed(torch.autograd.Function):
                 made.append(_act_and_convolve(made[-1], ctx.moments[-1], convolution))
         for moments, norm in zip(ctx.moments, norms, strict=True):
             moments.follow(norm)
-        ctx.save_for_backward(images, *made[1:-1], *weights)
+        ctx.save_for_backward(patches, *made[1:-1], *weights)
         return made[-1].permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         num_kept = len(ctx.moments) - 1
-        images, *saved = ctx.saved_tensors
+        patches, *saved = ctx.saved_tensors
         first, *inner = _convolutions(saved[num_kept:])
         slope = bf16_rows(slope.permute(0, 2, 3, 1))
         with together():
-            patches = _unfold(images, ctx.stem)
             made = [first.of_patches(patches), *saved[:num_kept]]
             found = [sum_of_rows(slope)]  # from the last to the first
         for before, moments, convolution in zip(made[::-1], ctx.moments[::-1], inner[::-1], strict=True):
@@ -101,7 +99,7 @@ class Stemmed(torch.autograd.Function):
             # The bias before a norm has no gradient: BatchNorm takes it away again.
             found += [weight_slope, norm_bias_slope, norm_slope, torch.zeros(len(norm_slope))]
         channels, side, _ = first.weight.shape[1:]
-        rows = WeightSlope(slope.shape[3], patches.shape[3]).add(slope, patches).total
+        rows, _ = WeightSlope(slope.shape[3], patches.shape[3]).add(slope, patches).total()
         taps = rows[:, : side * side * channels].unflatten(1, (side, side, channels))
         return None, None, taps.permute(0, 3, 1, 2), *found[::-1]
 
@@ -185,10 +183,8 @@ def _taps_slope(slope: Tensor, source: Tensor) -> Tensor:
     """
     B, H, W, D = slope.shape
     C = source.shape[3]
-    flat_slope, flat_source, found = slope.flatten(0, 2), source.flatten(0, 2), torch.empty(D, 3, 3, C)
-    start = W + 1
-    run(
-        "WEIGHT_SLOPE", cells=B * H * W - 2 * start, width=D, depth=3 * C, segments=3, segment_stride=2 * C * W,
-        gradient=flat_slope[start:], source=flat_source[start - W - 1 :], source_cell=2 * C, out=found,
-    )  # fmt: skip
-    return found.permute(0, 3, 1, 2)
+    flat_slope, flat_source, start = slope.flatten(0, 2), source.flatten(0, 2), W + 1
+    found = WeightSlope(D, 3 * C, segments=3).add(
+        flat_slope[start:], flat_source[start - W - 1 :], cells=B * H * W - 2 * start, segment_stride=2 * C * W
+    )
+    return found.total()[0].view(D, 3, 3, C).permute(0, 3, 1, 2)

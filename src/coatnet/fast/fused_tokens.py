@@ -81,23 +81,21 @@ class Attended(torch.autograd.Function):
         bias_slope = None if bias is None else torch.zeros_like(bias)
         with together():
             past, projection_slopes = shorten_slope(x_rows, whole_slope, Projection(*projection), pooled=ctx.pooled)
-            project_slope = WeightSlope(*project.shape).add(slope, mixed)
+            project_slopes = WeightSlope(*project.shape).add(slope, mixed).total()
             mixed_slope, queries_slope = Weight(project).product(slope), torch.empty_like(queries)
             run(
                 "ATTENTION_SLOPE", source=queries, bias=0 if bias is None else bias, residual=mixed,
                 gradient=mixed_slope, weight_sums=0 if bias_slope is None else bias_slope, out=queries_slope,
                 **ctx.fields,
             )  # fmt: skip
-            qkv_slope = WeightSlope(*qkv.shape).add(queries_slope, source)
+            qkv_slopes = WeightSlope(*qkv.shape).add(queries_slope, source).total()
             normed_slope = Weight(qkv).product(queries_slope)
             if ctx.pooled:
                 normed = norm_rows(x_rows, norm, norm_bias, out=scratch("group", x_rows.shape))
                 normed_slope = pool_slope(normed, normed_slope, torch.empty_like(x_rows))
                 past = pool_slope(x_rows, past, torch.empty_like(x_rows))
             x_slope, norm_slopes = norm_slope(x_rows, normed_slope, norm, past)
-        slopes = (
-            *norm_slopes, qkv_slope.total, qkv_slope.bias, project_slope.total, project_slope.bias, *projection_slopes,
-        )  # fmt: skip
+        slopes = (*norm_slopes, *qkv_slopes, *project_slopes, *projection_slopes)
         return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, bias_slope, *slopes
 
 
@@ -143,10 +141,10 @@ class Fed(torch.autograd.Function):
         with together():
             hidden_slope, acted = scratch("slope", hidden.shape), scratch("group", hidden.shape)
             Weight(weight2).product(slope, out=hidden_slope, residual=hidden, act="GELU_SLOPE", beside=acted)
-            second = WeightSlope(*weight2.shape).add(slope, acted)
-            first = WeightSlope(*weight1.shape).add(hidden_slope, source)
+            second = WeightSlope(*weight2.shape).add(slope, acted).total()
+            first = WeightSlope(*weight1.shape).add(hidden_slope, source).total()
             x_slope, norm_slopes = Weight(weight1).product(hidden_slope), (None, None)
             if norm is not None:
                 x_slope, norm_slopes = norm_slope(x_rows, x_slope, norm, whole_slope)
-        slopes = (*norm_slopes, first.total, first.bias, second.total, second.bias)
+        slopes = (*norm_slopes, *first, *second)
         return x_slope.to(ctx.in_dtype), None, *slopes

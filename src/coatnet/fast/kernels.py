@@ -19,6 +19,7 @@ GROUP_BYTES = 6 << 20  # of a wide map that goes through several kernels at once
 STRIP = 14  # lines that some kernels do in one go (native/training.h)
 BY_STRIP = ("ACTED_DEPTHWISE", "DEPTHWISE_SLOPE")
 SMALL_MAP = 256  # pixels
+SMALL_WEIGHT_BYTES = 3 << 18  # of a gradient that stays in the second cache
 Fields = Tensor | int
 
 
@@ -77,9 +78,9 @@ def run_map(kind: str, source: Tensor, *, sums: Tensor | None = None, **fields: 
 
 
 def total(sums: Tensor) -> Tensor:
-    """Return the sum over the first dimensions: (..., 2, C) -> (2, C) float32, or (..., 9, C) -> (9, C)."""
-    out = torch.empty(sums.shape[-2:])
-    run("TOTAL", cells=sums.numel() // out.numel(), width=out.numel(), sums=sums, out=out)
+    """Return the sum over the first dimension, float32."""
+    out = torch.empty(sums.shape[1:])
+    run("TOTAL", cells=len(sums), width=out.numel(), sums=sums, out=out)
     return out
 
 
@@ -181,21 +182,38 @@ class GatedWeight:
 
 
 class WeightSlope:
-    """The gradients of a product's weight, (N, K) float32, and of its bias, (N,), summed over calls of `add`."""
+    """The gradients of a product's weight, (N, K) float32, and of its bias, (N,), summed over calls of `add`.
 
-    def __init__(self, N: int, K: int) -> None:
-        self.total, self.bias = torch.empty(N, K), torch.empty(N)
+    Small ones are summed over either half of the pixels by themselves. That does not depend on the threads, and two of
+    them read what each wrote itself.
+    """
+
+    def __init__(self, N: int, K: int, *, segments: int = 1) -> None:
+        self.segments = segments
+        self.parts = 2 if 4 * N * K * segments <= SMALL_WEIGHT_BYTES else 1
+        self.weights, self.biases = torch.empty(self.parts, N, segments * K), torch.empty(self.parts, N)
         self.adds = 0
 
-    def add(self, slope: Tensor, x: Tensor) -> WeightSlope:
-        """Add the sum over all rows of slope (..., N) times x (..., K), bf16."""
-        N, K = self.total.shape
+    def add(self, slope: Tensor, x: Tensor, *, cells: int | None = None, segment_stride: int = 0) -> WeightSlope:
+        """Add the sum over all rows of slope (..., N) times x (..., K), bf16.
+
+        Or over so many of them, `cells`, where x starts that many bytes further for each segment of the weight.
+        """
+        _, N, width = self.weights.shape
+        K = width // self.segments
         run(
-            "WEIGHT_SLOPE", cells=x.numel() // K, width=N, depth=K, segments=1, gradient=slope, source=x,
-            source_cell=2 * K, adds=self.adds, out=self.total, sums=self.bias,
+            "WEIGHT_SLOPE", images=self.parts, cells=cells or x.numel() // K, width=N, depth=K, segments=self.segments,
+            segment_stride=segment_stride, gradient=slope, source=x, source_cell=2 * x.shape[-1], adds=self.adds,
+            out=self.weights, sums=self.biases,
         )  # fmt: skip
         self.adds = 1
         return self
+
+    def total(self) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the weight, (N, segments x K), and of the bias; nothing is added after it."""
+        if self.parts == 1:
+            return self.weights[0], self.biases[0]
+        return total(self.weights), total(self.biases)
 
 
 def bf16_rows(x: Tensor) -> Tensor:
@@ -219,7 +237,7 @@ def norm_slope(x: Tensor, slope: Tensor, weight: Tensor, residual: Tensor) -> tu
     The first lies where `slope` did.
     """
     sums = run_map("LAYER_SLOPE", x, gradient=slope, scale=weight.detach().float(), residual=residual, out=slope)
-    return slope, total(sums)
+    return slope, total(sums.flatten(0, 1))
 
 
 def pool(x: Tensor) -> Tensor:
@@ -245,4 +263,4 @@ def pool_slope(x: Tensor, slope: Tensor, out: Tensor) -> Tensor:
 
 def sum_of_rows(slope: Tensor) -> Tensor:
     """Return the gradient of a bias: (B, ..., N) bf16 -> (N,) float32."""
-    return total(run_map("MOMENTS", slope.reshape(len(slope), 1, -1, slope.shape[-1])))[0]
+    return total(run_map("MOMENTS", slope.reshape(len(slope), 1, -1, slope.shape[-1])).flatten(0, 1))[0]

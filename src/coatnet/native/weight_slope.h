@@ -2,7 +2,8 @@
 // gradient (cells, width) times source (cells, depth), bf16, the latter `source_cell` bytes from pixel to pixel and
 // `segment_stride` bytes from segment to segment; where `sums` is given, the bias's too (width). Two pixels are put side by
 // side in 32 bits, as bf16 products want them, for both factors; tiles of `out` are shared among threads, so that sums do
-// not depend on them.
+// not depend on them. Where `images` is 2, `out` and `sums` are two, of half the pixels each, to be added up: then a thread
+// reads what it wrote itself.
 // PACK: weights as products want them.
 #pragma once
 
@@ -158,11 +159,26 @@ void weight_slope_by(const Op& op, int64_t thread, int64_t threads) {
 }
 
 // The rows of a tile are those that divide the width best: 12 for most of the family, 8 for 64, 10 for 40 and 160.
-inline void weight_slope(const Op& op, int64_t thread, int64_t threads) {
+inline void weight_slope_of(const Op& op, int64_t thread, int64_t threads) {
     auto done = [&](int64_t rows) { return (op.width + rows - 1) / rows * rows; };
     if (done(12) <= std::min(done(10), done(8))) return weight_slope_by<12>(op, thread, threads);
     if (done(10) <= done(8)) return weight_slope_by<10>(op, thread, threads);
     weight_slope_by<8>(op, thread, threads);
+}
+
+inline void weight_slope(const Op& op, int64_t thread, int64_t threads) {
+    const int64_t a_part = std::max<int64_t>(1, threads / op.images);  // threads
+    for (int64_t unit = thread; unit < op.images * a_part; unit += threads) {
+        const int64_t part = unit / a_part;
+        const Share pixels(op.cells, part, op.images);
+        Op own = op;
+        own.cells = pixels.last - pixels.first;
+        own.gradient += 2 * op.width * pixels.first;
+        own.source += op.source_cell * pixels.first;
+        own.out += 4 * part * op.width * op.segments * op.depth;
+        if (own.sums) own.sums += part * op.width;
+        weight_slope_of(own, unit % a_part, a_part);
+    }
 }
 
 // PACK: weights (depth, width) fp32, `source_line` bytes from step to step of K and `source_cell` from column to column,
