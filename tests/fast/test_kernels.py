@@ -108,9 +108,14 @@ def test_what_is_gathered_is_carried_out_in_order_at_the_end():
         assert not out.any(), "it was not gathered"
     assert torch.equal(out, want)
     left = torch.zeros_like(out)
-    with pytest.raises(KeyError), together():
-        Weight(weight).product(x, out=left)
-        raise KeyError
+
+    def break_off() -> None:
+        with together():
+            Weight(weight).product(x, out=left)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        break_off()
     assert not left.any(), "what an error broke off was carried out"
     assert torch.equal(Weight(weight).product(Weight(weight).product(x)), want), "later calls are still gathered"
 
@@ -202,7 +207,8 @@ def test_squeeze_excite_and_its_way_back(batch: int):
     gates, by_pixel = gate.backward(torch.stack([slope, of_map], dim=1)[:, None].contiguous(), kept)
     assert_near(gates, want.detach(), "the gates again")
     assert_near(by_pixel, want_slopes[0][:, 0, 0], "what reaches a pixel")
-    for found, wanted, name in zip(gate.slopes(kept, w), want_slopes[1:], ("reduce", "its bias", "excite", "its bias")):
+    names = ("reduce", "its bias", "excite", "its bias")
+    for found, wanted, name in zip(gate.slopes(kept, w), want_slopes[1:], names, strict=True):
         assert_near(found, wanted, f"the gradient of {name}")
 
 

@@ -58,7 +58,7 @@ class Weights(NamedTuple):
         found: list[Any] = [block.norm.weight, block.norm.bias, block.expand.weight]
         for layer in (block.expand_norm, block.depthwise, block.depthwise_norm, gate.reduce, gate.expand, block.shrink):
             found += [layer.weight] if layer is block.depthwise else [layer.weight, layer.bias]
-        return cls(*found, *projection)
+        return cls._make([*found, *projection])
 
     @property
     def taps(self) -> Tensor:
@@ -78,7 +78,8 @@ class Gate:
         self.pixels = pixels
         self.weights = {
             "squeeze": w.reduce.detach().float(), "squeeze_bias": w.reduce_bias.detach().float(),
-            "excite": w.excite.detach().flatten(1).T.float().contiguous(), "excite_bias": w.excite_bias.detach().float(),
+            "excite": w.excite.detach().float().flatten(1).T.contiguous(),
+            "excite_bias": w.excite_bias.detach().float(),
         }  # fmt: skip
 
     def _sizes(self, sums: Tensor) -> dict[str, int]:
@@ -100,7 +101,8 @@ class Gate:
         `sums` are of the gates' gradients and of what they gate. `kept` takes what `slopes` needs, a row an image.
         """
         gates, slopes = torch.empty(2, len(sums), self.width)
-        run("EXCITE_SLOPE", sums=sums, made_gates=gates, made_slopes=slopes, out=kept, **self._sizes(sums), **self.weights)
+        made = {"made_gates": gates, "made_slopes": slopes, "out": kept}
+        run("EXCITE_SLOPE", sums=sums, **made, **self._sizes(sums), **self.weights)
         return gates, slopes
 
     def room(self, images: int) -> Tensor:
@@ -160,52 +162,81 @@ class Inverted(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_rows, source, expanded, filtered, scale_B, *weights = ctx.saved_tensors
         w, (zeroth, first, second) = Weights(*weights), ctx.moments
-        B, H, W, hidden = expanded.shape
+        _, H, W, _ = expanded.shape
         whole_slope = slope = bf16_rows(slope.permute(0, 2, 3, 1))
         if scale_B is not None:
             slope = whole_slope * scale_B
         with together():
             past, projection_slopes = shorten_slope(x_rows, whole_slope, w.projection, pooled=ctx.pooled)
-            shrink, shrink_slope = Weight(w.shrink.flatten(1)), WeightSlope(w.shrink.shape[0], hidden)
-            gate, acted_slope, sums = Gate(w, H * W), scratch("slope", filtered.shape), sums_for("ACTED_SLOPE", filtered)
-            kept = gate.room(B)
-            for group in groups(expanded):
-                here = {"source": filtered[group], "gradient": shrink.product(slope[group], out=acted_slope[group])}
-                gates, pixel_slopes = gate.backward(run_map("GATE_SLOPE", **here, **second.fields), kept[group])
-                gated = scratch("group", filtered[group].shape)
-                run_map(
-                    "ACTED_SLOPE", **here, gates=gates, mean_slopes=pixel_slopes, out=gated, sums=sums[group],
-                    **second.fields,
-                )  # fmt: skip
-                shrink_slope.add(slope[group], gated)
-            norm2_slope, norm2_bias_slope, mix = second.backward(sums)
-            tap_sums = torch.empty(B * -(-H // STRIP), 9, hidden)
-            expanded_slope = scratch("expanded slope", expanded.shape)
-            sums = run_map(
-                "DEPTHWISE_SLOPE", expanded, gradient=acted_slope, residual=filtered, weight=w.taps, mix=mix,
-                weight_sums=tap_sums, out=expanded_slope, **first.fields,
-            )  # fmt: skip
-            taps_slope = total(tap_sums)
-            norm1_slope, norm1_bias_slope, mix = first.backward(sums)
-            expand, expand_slope = Weight(w.expand.flatten(1)), WeightSlope(hidden, source.shape[3])
-            source_slope, sums = torch.empty_like(source), torch.empty(B, H, 2, source.shape[3])
-            for group in groups(expanded):
-                mixed = scratch("group", expanded[group].shape)
-                run_map("MIXED", expanded[group], gradient=expanded_slope[group], mix=mix, out=mixed)
-                expand_slope.add(mixed, source[group])
-                expand.product(mixed, out=source_slope[group])
-                normed_sums(x_rows[group], source_slope[group], ctx.stride, sums[group])
-            norm_slope, norm_bias_slope, mix = zeroth.backward(sums)
+            gate = Gate(w, H * W)
+            acted_slope, sums, kept, shrink_slopes = _through_shrink(w, slope, filtered, second, gate)
+            *norm2_slopes, mix = second.backward(sums)
+            expanded_slope, sums, taps_slope = _through_depthwise(w, acted_slope, filtered, mix, expanded, first)
+            *norm1_slopes, mix = first.backward(sums)
+            source_slope, expand_slope = _through_expand(w, expanded_slope, expanded, mix, source)
+            sums = torch.empty(*source.shape[:2], 2, source.shape[3])
+            normed_sums(x_rows, source_slope, ctx.stride, sums)
+            *norm_slopes, mix = zeroth.backward(sums)
             x_slope = torch.empty_like(x_rows)
             for group in groups(x_rows):
                 here, around = x_rows[group], past[group]
                 if ctx.pooled:
                     around = pool_slope(here, around, scratch("group", here.shape))
                 normed_slope(here, source_slope[group], ctx.stride, mix, around, x_slope[group])
-            (shrink_total, shrink_bias_total), (expand_total, _) = shrink_slope.total(), expand_slope.total()
         slopes = (
-            norm_slope, norm_bias_slope, expand_total.view_as(w.expand), norm1_slope, norm1_bias_slope,
-            taps_slope.T.reshape(w.depthwise.shape), norm2_slope, norm2_bias_slope, *gate.slopes(kept, w),
-            shrink_total.view_as(w.shrink), shrink_bias_total, *projection_slopes,
+            *norm_slopes, expand_slope.view_as(w.expand), *norm1_slopes, taps_slope.T.reshape(w.depthwise.shape),
+            *norm2_slopes, *gate.slopes(kept, w), shrink_slopes[0].view_as(w.shrink), shrink_slopes[1],
+            *projection_slopes,
         )  # fmt: skip
         return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, *slopes  # in the order of Weights
+
+
+def _through_shrink(
+    w: Weights, slope: Tensor, filtered: Tensor, second: Moments, gate: Gate
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Go back through the last product, squeeze-excite and GELU to what the norm before gives.
+
+    Returns that gradient, which lies in scratch, its sums, what `Gate.slopes` needs, and the product's gradients.
+    """
+    shrink, shrink_slope = Weight(w.shrink.flatten(1)), WeightSlope(len(w.shrink), filtered.shape[3])
+    acted_slope, sums = scratch("slope", filtered.shape), sums_for("ACTED_SLOPE", filtered)
+    kept = gate.room(len(filtered))
+    for group in groups(filtered):
+        here = {"source": filtered[group], "gradient": shrink.product(slope[group], out=acted_slope[group])}
+        gates, pixel_slopes = gate.backward(run_map("GATE_SLOPE", **here, **second.fields), kept[group])
+        gated = scratch("group", filtered[group].shape)
+        run_map(
+            "ACTED_SLOPE", **here, gates=gates, mean_slopes=pixel_slopes, out=gated, sums=sums[group], **second.fields
+        )
+        shrink_slope.add(slope[group], gated)
+    return acted_slope, sums, kept, shrink_slope.total()
+
+
+def _through_depthwise(
+    w: Weights, acted_slope: Tensor, filtered: Tensor, mix: Tensor, expanded: Tensor, first: Moments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Go back through BatchNorm, the depthwise convolution and GELU to what the norm before gives.
+
+    Returns that gradient, which lies in scratch, its sums, and the taps' gradient, (9, C).
+    """
+    B, H, _, hidden = expanded.shape
+    tap_sums, expanded_slope = torch.empty(B * -(-H // STRIP), 9, hidden), scratch("expanded slope", expanded.shape)
+    sums = run_map(
+        "DEPTHWISE_SLOPE", expanded, gradient=acted_slope, residual=filtered, weight=w.taps, mix=mix,
+        weight_sums=tap_sums, out=expanded_slope, **first.fields,
+    )  # fmt: skip
+    return expanded_slope, sums, total(tap_sums)
+
+
+def _through_expand(
+    w: Weights, expanded_slope: Tensor, expanded: Tensor, mix: Tensor, source: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Go back through BatchNorm and the first product: return the gradients of its source and of its weight."""
+    expand, expand_slope = Weight(w.expand.flatten(1)), WeightSlope(expanded.shape[3], source.shape[3])
+    source_slope = torch.empty_like(source)
+    for group in groups(expanded):
+        mixed = scratch("group", expanded[group].shape)
+        run_map("MIXED", expanded[group], gradient=expanded_slope[group], mix=mix, out=mixed)
+        expand_slope.add(mixed, source[group])
+        expand.product(mixed, out=source_slope[group])
+    return source_slope, expand_slope.total()[0]

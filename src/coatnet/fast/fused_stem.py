@@ -62,7 +62,8 @@ def _convolutions(weights: Sequence[Tensor]) -> list[Convolution]:
 class Stemmed(torch.autograd.Function):
     """S0: images (B, C, H, W) float -> (B, D, h, w) bf16. Images get no gradient.
 
-    Kept are the images' patches and the maps that BatchNorm norms, but for the first: the patches' product costs little. What the activation makes of the maps exists for a group of images at a time.
+    Kept are the images' patches and the maps that BatchNorm norms, but for the first, which comes again at little cost.
+    What the activation makes of the maps exists for a group of images at a time.
     """
 
     @staticmethod

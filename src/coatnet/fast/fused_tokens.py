@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from coatnet import native
-from coatnet.config import Size
 from coatnet.fast.fused_shortcut import Projection, pools, shorten, shorten_slope
 from coatnet.fast.kernels import (
     BF16,
@@ -102,7 +101,7 @@ class Attended(torch.autograd.Function):
 class Fed(torch.autograd.Function):
     """The FFN: (B, H, W, C) -> the same, bf16. Of the hidden map what comes before GELU is kept.
 
-    With a norm's weight and bias, x + FFN(Norm(x)), the branch of each image scaled by (B, 1, 1, 1), where that is given.
+    With a norm's weight and bias, x + FFN(Norm(x)); the branch of each image is scaled by (B, 1, 1, 1), where given.
     """
 
     @staticmethod

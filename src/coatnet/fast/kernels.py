@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -121,8 +122,7 @@ class Weight:
             "PACK", depth=self.depth, width=self.width, source=source, source_line=line, source_cell=cell,
             out=self.packed,
         )  # fmt: skip
-        bias_N = torch.zeros(self.width) if bias_N is None else bias_N.detach().float()
-        self.bias = F.pad(bias_N, (0, -self.width % PANEL))
+        self.bias = _no_bias(-(-self.width // PANEL) * PANEL) if bias_N is None else _padded(bias_N)
 
     def product(
         self,
@@ -148,6 +148,16 @@ class Weight:
         return out
 
 
+@cache
+def _no_bias(width: int) -> Tensor:
+    return torch.zeros(width)
+
+
+def _padded(bias_N: Tensor) -> Tensor:
+    bias_N = bias_N.detach().float()
+    return F.pad(bias_N, (0, -len(bias_N) % PANEL)) if len(bias_N) % PANEL else bias_N
+
+
 class GatedWeight:
     """A product's weight (N, K) and bias for so many maps of so many pixels, gated by its channels in."""
 
@@ -158,7 +168,7 @@ class GatedWeight:
             self.shared = Weight(weight_NK.T, bias_N)
         else:
             self.raw = panels(weight_NK.detach().T.float())
-            self.bias = F.pad(bias_N.detach().float(), (0, -self.width % PANEL)).repeat(images, 1)
+            self.bias = _padded(bias_N).repeat(images, 1)
 
     def product(self, x: Tensor, gates: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         """Multiply x (B, H, W, K) bf16, gated by (B, K), into out (B, H, W, N) bf16, plus `residual`. Writes over x."""

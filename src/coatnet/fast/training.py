@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from coatnet import native
-from coatnet.config import Size
 from coatnet.fast.flex_attention import use_flex_attention
 from coatnet.fast.fused_mbconv import Inverted, Weights
 from coatnet.fast.fused_shortcut import Projection
