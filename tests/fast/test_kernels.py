@@ -17,6 +17,7 @@ from coatnet.fast.kernels import (
     norm_slope,
     pool,
     pool_slope,
+    run,
     run_map,
     together,
     total,
@@ -210,6 +211,35 @@ def test_squeeze_excite_and_its_way_back(batch: int):
     names = ("reduce", "its bias", "excite", "its bias")
     for found, wanted, name in zip(gate.slopes(kept, w), want_slopes[1:], names, strict=True):
         assert_near(found, wanted, f"the gradient of {name}")
+
+
+@pytest.mark.parametrize("relative", ["PRE", "NONE"])
+@pytest.mark.parametrize("grid", [(1, 2), (4, 4), (3, 9), (7, 7), (14, 14)])
+def test_attention_and_its_way_back(grid: tuple[int, int], relative: str):
+    """Rows of 14 queries and fewer, panels of keys full and not, a grid of one line; biases by offset."""
+    (H, W), images, heads = grid, 2, 3
+    N, C = H * W, heads * 32
+    qkv, slope, bias = noise(images, H, W, 3 * C), noise(images, H, W, C), noise(heads, 2 * H - 1, 2 * W - 1).float()
+    fields = {
+        "type": native.TYPES["BF16"], "out_type": native.TYPES["BF16"], "images": images, "lines": H, "cells": W,
+        "width": C, "heads": heads, "head_dim": 32, "relative": native.RELATIVES[relative],
+        "bias": bias if relative == "PRE" else 0,
+    }  # fmt: skip
+    out, qkv_slope, bias_slope = torch.empty_like(slope), torch.empty_like(qkv), torch.zeros_like(bias)
+    run("ATTENTION", source=qkv, out=out, **fields)
+    run("ATTENTION_SLOPE", source=qkv, residual=out, gradient=slope, weight_sums=bias_slope, out=qkv_slope, **fields)
+    doubles = [qkv.double().requires_grad_(), bias.double().requires_grad_()]
+    q, k, v = doubles[0].view(images, N, 3, heads, 32).permute(2, 0, 3, 1, 4)
+    line, cell = torch.arange(N) // W, torch.arange(N) % W
+    logits = q @ k.transpose(-2, -1) / 32**0.5
+    if relative == "PRE":
+        logits = logits + doubles[1][:, line - line[:, None] + H - 1, cell - cell[:, None] + W - 1]
+    want = (logits.softmax(dim=-1) @ v).transpose(1, 2).reshape(images, H, W, C)
+    want_slopes = torch.autograd.grad(want, doubles, slope.double(), allow_unused=True)
+    assert_near(out, want.detach(), "attention")
+    assert_near(qkv_slope, want_slopes[0], "the gradient of queries, keys and values")
+    if relative == "PRE":
+        assert_near(bias_slope, want_slopes[1], "the gradient of the biases")
 
 
 def test_sums_of_many_rows_are_as_of_doubles():

@@ -56,6 +56,46 @@ inline void all_channels(const char* rows, int64_t stride, int64_t step_stride, 
     }
 }
 
+// A query's logits as exponentials, and what makes them weights and the weights' slopes logit slopes; nothing for rows
+// beyond the last token.
+struct Softened {
+    int64_t r;
+    __mmask16 is_there;
+    __m512 inverse, share;
+
+    INLINE __m512 weight(const HeadSlope& s, int64_t t) const {
+        return _mm512_maskz_mul_ps(is_there, _mm512_loadu_ps(s.logits + r * s.padded + t), inverse);
+    }
+    INLINE __m512 slope(const HeadSlope& s, int64_t t, __m512 weight) const {
+        const __m512 off = _mm512_sub_ps(_mm512_loadu_ps(s.weight_slopes + r * s.padded + t), share);
+        return _mm512_maskz_mul_ps(is_there, weight, off);
+    }
+    INLINE void keep(const HeadSlope& s, const Op& op, int64_t first, int64_t t, __m512 slope) const {
+        if (!is_there) return;
+        float* summed = s.summed + (first + r) * s.padded + t;
+        if (op.relative == PRE) _mm512_storeu_ps(summed, _mm512_add_ps(_mm512_loadu_ps(summed), slope));
+        store<BF16>(s.rows + (r * s.padded + t) * 2, slope);
+    }
+};
+
+INLINE Softened soften(const HeadSlope& s, int64_t r, int64_t count, __m512 largest, const char* slope, const char* mixed) {
+    if (r >= count) return {r, 0, _mm512_setzero_ps(), _mm512_setzero_ps()};
+    float* const row = s.logits + r * s.padded;
+    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t t = 0; t < s.padded; t += 16) {
+        const __mmask16 mask = tail(s.tokens - t);
+        const __m512 logit = _mm512_maskz_loadu_ps(mask, row + t);
+        const __m512 e = _mm512_maskz_mov_ps(mask, exp16<false>(_mm512_sub_ps(logit, top)));
+        total = _mm512_add_ps(total, e);
+        _mm512_storeu_ps(row + t, e);
+    }
+    const float share = _mm512_reduce_add_ps(
+        _mm512_fmadd_ps(load<BF16>(slope), load<BF16>(mixed),
+                        _mm512_mul_ps(load<BF16>(slope + 32), load<BF16>(mixed + 32))));
+    return {r, 0xffff, _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total)), _mm512_set1_ps(share)};
+}
+
 // One head of one image; its logit slopes are added to `summed`.
 inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head) {
     const int64_t N = s.tokens, P = s.padded, stride = 6 * op.width, out_stride = 2 * op.width;
@@ -79,50 +119,34 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head) 
             memcpy(query_rows + r * 64, q + (first + r) * stride, 64);
             memcpy(slope_rows + r * 64, slope + (first + r) * out_stride, 64);
         }
-        all_tokens(query_rows, 64, s.keys, P, s.logits);
+        const float* places[ROWS];
+        __m512 largest[ROWS];
+        for (int64_t r = 0; r < ROWS; r++) {
+            places[r] = op.bias + head * s.biases.size() + s.biases.place(first + std::min(r, count - 1));
+            largest[r] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        }
+        for (int64_t t = 0; t < N; t += PANEL)
+            if (N - t > 16)
+                match<BF16, ROWS, 2>(op, query_rows, 64, s.keys + t * 64, s.biases, places, t, P, s.logits, largest);
+            else
+                match<BF16, ROWS, 1>(op, query_rows, 64, s.keys + t * 64, s.biases, places, t, P, s.logits, largest);
         all_tokens(slope_rows, 64, s.values, P, s.weight_slopes);
-        for (int64_t r = 0; r < count; r++) {  // logits become weights, weight slopes become logit slopes
-            float *row = s.logits + r * P, *row_slope = s.weight_slopes + r * P;
-            const float* bias = op.bias + head * s.biases.size() + s.biases.place(first + r);
-            float* summed = s.summed + (first + r) * P;
-            __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), total = _mm512_setzero_ps();
-            for (int64_t t = 0; t < N; t += 16) {
-                __m512 logit = _mm512_mul_ps(_mm512_loadu_ps(row + t), _mm512_set1_ps(factor));
-                if (op.relative == PRE) logit = s.biases.added(t, bias, logit);
-                largest = _mm512_mask_max_ps(largest, tail(N - t), largest, logit);
-                _mm512_storeu_ps(row + t, logit);
-            }
-            const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+        // Logits become weights, weight slopes become logit slopes: two queries at a time, which lie side by side then.
+        for (int64_t r = 0; r < ROWS && first + r < P; r += 2) {
+            const Softened even = soften(s, r, count, largest[r], slope_rows + r * 64, mixed + (first + r) * out_stride);
+            const Softened odd = soften(s, r + 1, count, largest[r + 1], slope_rows + (r + 1) * 64,
+                                        mixed + (first + r + 1) * out_stride);
             for (int64_t t = 0; t < P; t += 16) {
-                const __m512 e = _mm512_maskz_mov_ps(
-                    tail(N - t), exp16<false>(_mm512_sub_ps(_mm512_maskz_loadu_ps(tail(N - t), row + t), top)));
-                total = _mm512_add_ps(total, e);
-                _mm512_storeu_ps(row + t, e);
-            }
-            const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-            const char *own = slope_rows + r * 64, *out_row = mixed + (first + r) * out_stride;
-            const __m512 share = _mm512_set1_ps(_mm512_reduce_add_ps(
-                _mm512_fmadd_ps(load<BF16>(own), load<BF16>(out_row),
-                                _mm512_mul_ps(load<BF16>(own + 32), load<BF16>(out_row + 32)))));
-            for (int64_t t = 0; t < P; t += 16) {
-                const __m512 weight = _mm512_mul_ps(_mm512_loadu_ps(row + t), inverse);
-                const __m512 d = _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_loadu_ps(row_slope + t), share));
-                _mm512_storeu_ps(row + t, weight);
-                _mm512_storeu_ps(row_slope + t, d);
-                if (op.relative == PRE) _mm512_storeu_ps(summed + t, _mm512_add_ps(_mm512_loadu_ps(summed + t), d));
-                store<BF16>(s.rows + (r * P + t) * 2, d);
+                const int64_t at = (first + r) / 2 * P + t;
+                const __m512 w0 = even.weight(s, t), w1 = odd.weight(s, t);
+                const __m512 d0 = even.slope(s, t, w0), d1 = odd.slope(s, t, w1);
+                _mm512_storeu_si512(&s.weights[at], pairs(w0, w1));
+                _mm512_storeu_si512(&s.logit_slopes[at], pairs(d0, d1));
+                even.keep(s, op, first, t, d0);
+                odd.keep(s, op, first, t, d1);
             }
         }
-        memset(s.logits + count * P, 0, (ROWS - count) * P * 4);
-        memset(s.weight_slopes + count * P, 0, (ROWS - count) * P * 4);
         all_channels(s.rows, 2 * P, 4, s.keys_by_token, N, factor, to + first * stride, stride, count);
-        for (int64_t r = 0; r < ROWS && first + r < P; r += 2)
-            for (int64_t t = 0; t < P; t += 16) {
-                const int64_t even = r * P + t, odd = even + P, at = (first + r) / 2 * P + t;
-                const float *weight = s.logits, *slope = s.weight_slopes;
-                _mm512_storeu_si512(&s.weights[at], pairs(_mm512_loadu_ps(weight + even), _mm512_loadu_ps(weight + odd)));
-                _mm512_storeu_si512(&s.logit_slopes[at], pairs(_mm512_loadu_ps(slope + even), _mm512_loadu_ps(slope + odd)));
-            }
     }
     for (int64_t first = 0; first < N; first += ROWS) {
         const int64_t count = std::min<int64_t>(ROWS, N - first);
