@@ -96,18 +96,18 @@ INLINE void multiply(const char* a, int64_t row_stride, const char* w, int64_t s
 // (bf16): GELU_KEPT writes what GELU takes beside; GELU_SLOPE is the way back through it, where the residual is what it
 // took, and writes what it gave beside.
 template <int TYPE, int OUT>
-INLINE __m512 finish(const Op& op, __m512 sum, __m512 scale, __m512 bias, const char* residual, __m512 out_scale,
+INLINE __m512 finish(int64_t act, __m512 sum, __m512 scale, __m512 bias, const char* residual, __m512 out_scale,
                      __m512 out_zero, char* beside, __mmask16 mask) {
     __m512 value = TYPE == UINT8 ? _mm512_fmadd_ps(sum, scale, bias) : _mm512_add_ps(sum, bias);
     if constexpr (TYPE == BF16 && OUT == BF16) {
-        if (op.act == GELU_SLOPE) {
+        if (act == GELU_SLOPE) {
             const Gelu found = gelu_with_slope(load<OUT>(residual, mask));
             store<OUT>(beside, found.value, mask);
             return _mm512_mul_ps(value, found.slope);
         }
-        if (op.act == GELU_KEPT) store<OUT>(beside, value, mask);
+        if (act == GELU_KEPT) store<OUT>(beside, value, mask);
     }
-    if (op.act != LINEAR) value = gelu<TYPE == FP32>(value);
+    if (act != LINEAR) value = gelu<TYPE == FP32>(value);
     if (residual) value = _mm512_add_ps(value, load<OUT>(residual, mask));
     if (OUT == UINT8) value = _mm512_fmadd_ps(value, out_scale, out_zero);
     return value;
@@ -136,6 +136,9 @@ void tile(const Op& op, const char* a, const char* w, int64_t steps, const Part&
         keep<TYPE, R, V>(sums, part.sums);
         return;
     }
+    // By value: what is stored could else be one of these, which would be read again for each vector.
+    const int64_t act = op.act, out_cell = op.out_cell;
+    char* const beside = op.beside + (out - op.out);
 #pragma GCC unroll 2
     for (int half = 0; half < V; half++) {
         const int64_t at = column + 16 * half;
@@ -146,10 +149,9 @@ void tile(const Op& op, const char* a, const char* w, int64_t steps, const Part&
         const __m512 oz = OUT == UINT8 ? _mm512_maskz_loadu_ps(mask, op.out_zero + at) : b;
 #pragma GCC unroll 14
         for (int r = 0; r < R; r++) {
-            const int64_t place = r * op.out_cell + at * bytes(OUT);
-            const __m512 value = finish<TYPE, OUT>(op, Dot<TYPE>::real(sums[r][half]), s, b,
-                                                   residual ? residual + place : nullptr, os, oz,
-                                                   op.beside + (out - op.out) + place, mask);
+            const int64_t place = r * out_cell + at * bytes(OUT);
+            const __m512 value = finish<TYPE, OUT>(act, Dot<TYPE>::real(sums[r][half]), s, b,
+                                                   residual ? residual + place : nullptr, os, oz, beside + place, mask);
             store<OUT>(out + place, value, mask);
         }
     }
