@@ -90,6 +90,23 @@ def test_same_result_twice():
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.parametrize("kind", ["CCCC", "heads of 32"])
+def test_the_kernels_sums_depend_on_no_number_of_threads(kind: str):
+    """All gradients but the head's norm, which is torch's."""
+    model, x = network(config_of(kind), training=True), images(4, SIZE)
+    before, found = torch.get_num_threads(), dict[int, dict[str, Tensor]]()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found[threads] = pass_through(fused_of(model), x)[1]
+    finally:
+        torch.set_num_threads(before)
+    for name in found[1]:
+        if not name.startswith("norm."):
+            same = [torch.equal(found[1][name], found[threads][name]) for threads in (2, 5)]
+            assert all(same), f"the gradient of {name} has other bits on more threads"
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(kind=st.sampled_from(FUSED), height=st.integers(8, 70), width=st.integers(8, 70), batch=st.integers(2, 5))
 def test_any_size_and_batch(kind: str, height: int, width: int, batch: int):
