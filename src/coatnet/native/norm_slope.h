@@ -80,34 +80,38 @@ INLINE int64_t strided_line(const Op& op, int64_t unit) {
     return (unit / op.lines * op.in_lines + unit % op.lines * op.stride) * op.in_cells * 2 * op.width;
 }
 
-// NORMED: out = factor * source + shift, of every `stride`-th pixel of every `stride`-th line.
-inline void normed(const Op op, int64_t thread, int64_t threads) {
+// Call `use(from, at, unit, x, c, mask)` for every 16 channels of every `stride`-th pixel of every `stride`-th line: where they
+// lie in the source, and in the map of those pixels alone, of which they are pixel x of line `unit`.
+template <class Use>
+INLINE void each_taken(const Op op, int64_t thread, int64_t threads, Use use) {
     const Share share(op.images * op.lines, thread, threads);
     const int64_t pixel = 2 * op.width;
     for (int64_t unit = share.first; unit < share.last; unit++)
         for (int64_t x = 0; x < op.cells; x++) {
             const char* from = op.source + strided_line(op, unit) + x * op.stride * pixel;
-            char* out = op.out + unit * line_bytes(op) + x * pixel;
+            const int64_t at = unit * line_bytes(op) + x * pixel;
             by_vector(op.width, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
-                const __m512 factor = by_channel(op.factor, c, mask), shift = by_channel(op.shift, c, mask);
-                store<BF16>(out + 2 * c, _mm512_fmadd_ps(load<BF16>(from + 2 * c, mask), factor, shift), mask);
+                use(from + 2 * c, at + 2 * c, unit, x, c, mask);
             });
         }
 }
 
+// NORMED: out = factor * source + shift, of the pixels taken.
+inline void normed(const Op op, int64_t thread, int64_t threads) {
+    each_taken(op, thread, threads,
+               [&](const char* from, int64_t at, int64_t, int64_t, int64_t c, __mmask16 mask) INLINE_LAMBDA {
+                   const __m512 factor = by_channel(op.factor, c, mask), shift = by_channel(op.shift, c, mask);
+                   store<BF16>(op.out + at, _mm512_fmadd_ps(load<BF16>(from, mask), factor, shift), mask);
+               });
+}
+
 // NORMED_SUMS: each line's sums of gradient, alone and times the source's pixel that NORMED took.
 inline void normed_sums(const Op op, int64_t thread, int64_t threads) {
-    const Share share(op.images * op.lines, thread, threads);
-    const int64_t pixel = 2 * op.width;
-    for (int64_t unit = share.first; unit < share.last; unit++)
-        for (int64_t x = 0; x < op.cells; x++) {
-            const char* from = op.source + strided_line(op, unit) + x * op.stride * pixel;
-            const char* gradient = op.gradient + unit * line_bytes(op) + x * pixel;
-            by_vector(op.width, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
-                const __m512 g = load<BF16>(gradient + 2 * c, mask);
-                keep_sums(op, unit, c, mask, g, _mm512_mul_ps(g, load<BF16>(from + 2 * c, mask)), x > 0);
-            });
-        }
+    each_taken(op, thread, threads,
+               [&](const char* from, int64_t at, int64_t unit, int64_t x, int64_t c, __mmask16 mask) INLINE_LAMBDA {
+                   const __m512 g = load<BF16>(op.gradient + at, mask);
+                   keep_sums(op, unit, c, mask, g, _mm512_mul_ps(g, load<BF16>(from, mask)), x > 0);
+               });
 }
 
 // SPREAD: the way back through NORMED, with its statistics, and past it: out = mix1 * source + mix2 + residual, and
