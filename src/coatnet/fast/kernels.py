@@ -72,8 +72,7 @@ def run_map(kind: str, source: Tensor, *, sums: Tensor | None = None, **fields: 
     if kind not in BY_STRIP and "out_line" not in fields and num_parts(kind, lines, cells) == 1:
         lines, cells = 1, lines * cells  # pixel by pixel: as good as one line
     if sums is None:
-        parts = -(-lines // STRIP) if kind in BY_STRIP else lines
-        sums = torch.empty(images, parts, 2, width)
+        sums = torch.empty(images, lines if "out_line" in fields else num_parts(kind, lines, cells), 2, width)
     run(kind, images=images, lines=lines, cells=cells, width=width, source=source, sums=sums, **fields)
     return sums
 

@@ -1,4 +1,4 @@
-// The network's inference in kernels of our own, for x86 processors with AVX-512. A plan is a table of operations
+// The network's inference and training in kernels of our own, for x86 processors with AVX-512. A plan is a table of operations
 // (op.h); `coatnet_run` carries it out on all threads with a barrier after each row. Built where a compiler is at hand.
 #include <cstdint>
 
