@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from coatnet import native
 from coatnet.fast.batch_norm import Moments, normed, normed_slope, normed_sums
-from coatnet.fast.fused_mbconv import Gate, Weights
+from coatnet.fast.fused_mbconv import Gate, Weights, gate_slopes
 from coatnet.fast.kernels import (
     GatedWeight,
     Weight,
@@ -17,11 +17,11 @@ from coatnet.fast.kernels import (
     norm_slope,
     pool,
     pool_slope,
-    run,
     run_map,
-    together,
+    to_be_gated,
     total,
 )
+from coatnet.fast.operations import run, together
 from coatnet.fast.packing import pack
 
 pytestmark = pytest.mark.skipif(native.missing("bf16") is not None, reason=f"{native.missing('bf16')}")
@@ -75,7 +75,7 @@ def test_gates_scale_the_map_or_the_weights(side: int):
     x, gates, weight, bias = noise(3, side, side, 24), noise(3, 24).float(), noise(16, 24).float(), noise(16).float()
     want = (x.double() * gates.double()[:, None, None]) @ weight.double().T + bias.double()
     out = x.new_empty(3, side, side, 16)
-    GatedWeight(weight, bias, images=3, pixels=side * side).product(x, gates, out)
+    GatedWeight(*to_be_gated(weight, bias, images=3, pixels=side * side), width=16).product(x, gates, out)
     assert_near(out, want, f"{side * side} pixels")
 
 
@@ -174,7 +174,7 @@ def test_batch_norm_before_a_stride_and_its_way_back(channels: int, stride: int)
     want_out = twin(doubles.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, ::stride, ::stride]
     slope = noise(*want_out.shape)
     want = slopes_of(want_out, slope, doubles, twin.weight, twin.bias)
-    moments = Moments(run_map("MOMENTS", x), x[..., 0].numel(), norm)
+    moments = Moments.of(run_map("MOMENTS", x), x[..., 0].numel(), norm.weight, norm.bias, norm.eps)
     moments.follow(norm)
     for name, value in twin.named_buffers():
         assert torch.allclose(norm.get_buffer(name).double(), value.double(), rtol=1e-4), f"{name} is another"
@@ -200,8 +200,9 @@ def test_squeeze_excite_and_its_way_back(batch: int):
     hidden = F.silu(F.linear(means, doubles[1].flatten(1), doubles[2]))
     want = F.linear(hidden, doubles[3].flatten(1), doubles[4]).sigmoid()
     want_slopes = slopes_of(want, slope, *doubles)
-    w = Weights(*[torch.empty(0)] * 8, *weights, *[torch.empty(0)] * 2, None, None)  # type: ignore[arg-type]
-    gate = Gate(w, pixels)
+    empty = torch.empty(0, 0)
+    w = Weights(*[empty] * 8, *weights, *[empty] * 2, None, None)
+    gate = Gate(w.as_read(), pixels)
     of_map = x.float().sum(dim=(1, 2))
     assert_near(gate.gates(torch.stack([of_map, of_map], dim=1)[:, None].contiguous()), want.detach(), "the gates")
     kept = gate.room(batch)
@@ -209,7 +210,7 @@ def test_squeeze_excite_and_its_way_back(batch: int):
     assert_near(gates, want.detach(), "the gates again")
     assert_near(by_pixel, want_slopes[0][:, 0, 0], "what reaches a pixel")
     names = ("reduce", "its bias", "excite", "its bias")
-    for found, wanted, name in zip(gate.slopes(kept, w), want_slopes[1:], names, strict=True):
+    for found, wanted, name in zip(gate_slopes(kept, w), want_slopes[1:], names, strict=True):
         assert_near(found, wanted, f"the gradient of {name}")
 
 

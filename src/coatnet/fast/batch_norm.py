@@ -5,32 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from coatnet.fast.kernels import run
+from coatnet.fast.operations import run
 
 
 class Moments:
     """What a BatchNorm in training does to a map, and what its backward mixes.
 
-    `sums` are a kernel's sums of the map and of its square over `count` pixels, (images, parts, 2, C).
+    `found` (5, C) holds what BATCH_NORM finds over `count` pixels (native/norm_slope.h).
     """
 
-    def __init__(self, sums: Tensor, count: int, norm: nn.BatchNorm2d) -> None:
-        self.count, self.width = count, sums.shape[-1]
-        self.found = torch.empty(5, self.width)
+    def __init__(self, found: Tensor, count: int) -> None:
+        self.found, self.count = found, count
+        self.fields = {"factor": found[0], "shift": found[1]}  # what the kernels ask for that norm a map
+
+    @classmethod
+    def of(cls, sums: Tensor, count: int, weight: Tensor, bias: Tensor, eps: float) -> Moments:
+        """Find them from a kernel's sums of the map and of its square over `count` pixels, (images, parts, 2, C)."""
+        width = sums.shape[-1]
+        found = torch.empty(5, width)
         run(
-            "BATCH_NORM", images=_num_rows(sums), width=self.width, cells=count, sums=sums, out=self.found,
-            scale=norm.weight.detach().float(), bias=norm.bias.detach().float(), eps=torch.full((1,), norm.eps),
+            "BATCH_NORM", images=_num_rows(sums), width=width, cells=count, sums=sums, out=found, scale=weight, bias=bias,
+            eps=eps,
         )  # fmt: skip
-        self.fields = {"factor": self.found[0], "shift": self.found[1]}  # what the kernels ask for that norm a map
+        return cls(found, count)
 
     def backward(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of weight and bias, and what mixes slope and map to the map's gradient, (3, C).
 
         `sums` are of the slope, alone and times the map.
         """
-        out = torch.empty(5, self.width)
+        out = torch.empty_like(self.found)
         run(
-            "BATCH_NORM_SLOPE", images=_num_rows(sums), width=self.width, cells=self.count, sums=sums,
+            "BATCH_NORM_SLOPE", images=_num_rows(sums), width=sums.shape[-1], cells=self.count, sums=sums,
             source=self.found, out=out,
         )  # fmt: skip
         return out[0], out[1], out[2:]

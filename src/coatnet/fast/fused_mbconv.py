@@ -20,17 +20,18 @@ from coatnet.fast.kernels import (
     Weight,
     WeightSlope,
     bf16_rows,
+    floats,
     groups,
     pool_slope,
-    run,
     run_map,
-    scratch,
     sums_for,
-    together,
+    to_be_gated,
     total,
 )
+from coatnet.fast.operations import recorded, run, scratch
 from coatnet.model.mbconv import MBConv
 
+NUM_KEPT = 7  # maps and moments, of `_invert`'s input and for its way back
 
 class Weights(NamedTuple):
     """What MBConv learns; of gradients, the same in the same order."""
@@ -60,10 +61,10 @@ class Weights(NamedTuple):
             found += [layer.weight] if layer is block.depthwise else [layer.weight, layer.bias]
         return cls._make([*found, *projection])
 
-    @property
-    def taps(self) -> Tensor:
-        """The depthwise weights as the kernels read them, (9, C)."""
-        return self.depthwise.flatten(1).T.contiguous()
+    def as_read(self) -> Weights:
+        """Return them as the kernels read them: fp32, of the depthwise one (9, C), of the excitation (S, C)."""
+        w = Weights(*floats(self))
+        return w._replace(depthwise=w.depthwise.flatten(1).T.contiguous(), excite=w.excite.flatten(1).T.contiguous())
 
     @property
     def projection(self) -> Projection:
@@ -71,15 +72,16 @@ class Weights(NamedTuple):
 
 
 class Gate:
-    """Squeeze-excite for maps of so many pixels, from the sums of a kernel over them, (B, parts, 2, C)."""
+    """Squeeze-excite for maps of so many pixels, from the sums of a kernel over them, (B, parts, 2, C).
+
+    The weights come as `Weights.as_read` gives them.
+    """
 
     def __init__(self, w: Weights, pixels: int) -> None:
-        self.squeezed, self.width = w.reduce.shape[:2]
+        self.squeezed, self.width = w.excite.shape
         self.pixels = pixels
         self.weights = {
-            "squeeze": w.reduce.detach().float(), "squeeze_bias": w.reduce_bias.detach().float(),
-            "excite": w.excite.detach().float().flatten(1).T.contiguous(),
-            "excite_bias": w.excite_bias.detach().float(),
+            "squeeze": w.reduce, "squeeze_bias": w.reduce_bias, "excite": w.excite, "excite_bias": w.excite_bias,
         }  # fmt: skip
 
     def _sizes(self, sums: Tensor) -> dict[str, int]:
@@ -98,7 +100,7 @@ class Gate:
     def backward(self, sums: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gates again and what reaches each pixel through them, (B, C) each.
 
-        `sums` are of the gates' gradients and of what they gate. `kept` takes what `slopes` needs, a row an image.
+        `sums` are of the gates' gradients and of what they gate. `kept` takes what `gate_slopes` needs, a row an image.
         """
         gates, slopes = torch.empty(2, len(sums), self.width)
         made = {"made_gates": gates, "made_slopes": slopes, "out": kept}
@@ -108,13 +110,14 @@ class Gate:
     def room(self, images: int) -> Tensor:
         return torch.empty(images, 2 * (self.width + self.squeezed))
 
-    def slopes(self, kept: Tensor, w: Weights) -> tuple[Tensor, ...]:
-        """Return the gradients of the weights, in their order."""
-        excited, means, raw, squeezed = kept.split([self.width, self.width, self.squeezed, self.squeezed], dim=1)
-        return (
-            (raw.T @ means).view_as(w.reduce), raw.sum(dim=0), (excited.T @ squeezed).view_as(w.excite),
-            excited.sum(dim=0),
-        )  # fmt: skip
+
+def gate_slopes(kept: Tensor, w: Weights) -> tuple[Tensor, ...]:
+    """Return the gradients of squeeze-excite's weights, in their order, from what `Gate.backward` kept."""
+    squeezed, width = w.reduce.shape[:2]
+    excited, means, raw, hidden = kept.split([width, width, squeezed, squeezed], dim=1)
+    return (
+        (raw.T @ means).view_as(w.reduce), raw.sum(dim=0), (excited.T @ hidden).view_as(w.excite), excited.sum(dim=0),
+    )  # fmt: skip
 
 
 class Inverted(torch.autograd.Function):
@@ -125,70 +128,114 @@ class Inverted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: MBConv, scale_B: Tensor | None, *weights: Tensor) -> Tensor:
-        w, stride, pooled = Weights(*weights), block.expand.stride[0], pools(block.shortcut)
+        w, stride, x_rows = Weights(*weights), block.expand.stride[0], bf16_rows(x.permute(0, 2, 3, 1))
+        B, H, W, _ = x_rows.shape
         norms = [batch_norm_of(norm) for norm in (block.norm, block.expand_norm, block.depthwise_norm)]
-        x_rows = bf16_rows(x.permute(0, 2, 3, 1))
-        with together():
-            zeroth = Moments(run_map("MOMENTS", x_rows), x_rows[..., 0].numel(), norms[0])
-            source = normed(x_rows, zeroth, stride)
-            B, H, W, _ = source.shape
-            expand, hidden = Weight(w.expand.flatten(1).T), w.expand.shape[0]
-            expanded = source.new_empty(B, H, W, hidden)
-            sums = sums_for("MOMENTS", expanded)
-            for group in groups(expanded):
-                expand.product(source[group], out=expanded[group])
-                run_map("MOMENTS", expanded[group], sums=sums[group])
-            first = Moments(sums, B * H * W, norms[1])
-            filtered = torch.empty_like(expanded)
-            sums = run_map("ACTED_DEPTHWISE", expanded, weight=w.taps, out=filtered, **first.fields)
-            second = Moments(sums, B * H * W, norms[2])
-            past = shorten(x_rows, w.projection, pooled=pooled)
-            gate, shrink = Gate(w, H * W), GatedWeight(w.shrink.flatten(1), w.shrink_bias, images=B, pixels=H * W)
-            out = torch.empty_like(past)
-            for group in groups(expanded):
-                acted = scratch("group", filtered[group].shape)
-                gates = gate.gates(run_map("ACTED", filtered[group], out=acted, **second.fields))
-                shrink.product(acted, gates, out[group], past[group] if scale_B is None else None)
+        read = w.as_read()
+        shrink = to_be_gated(read.shrink.flatten(1), read.shrink_bias, B, -(-H // stride) * -(-W // stride))
+        ctx.options = {"stride": stride, "pooled": pools(block.shortcut)}
+        out, past, *kept = _invert(
+            x_rows, *shrink, *read, eps=tuple(norm.eps for norm in norms), scaled=scale_B is not None, **ctx.options
+        )
         if scale_B is not None:
             out = past + out * scale_B
-        for moments, norm in zip((zeroth, first, second), norms, strict=True):
+        for moments, norm in zip(_moments(x_rows, *kept), norms, strict=True):
             moments.follow(norm)
-        ctx.save_for_backward(x_rows, source, expanded, filtered, scale_B, *weights)
-        ctx.moments, ctx.stride, ctx.pooled, ctx.in_dtype = (zeroth, first, second), stride, pooled, x.dtype
+        ctx.save_for_backward(scale_B, x_rows, *kept, *weights)
+        ctx.in_dtype = x.dtype
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_rows, source, expanded, filtered, scale_B, *weights = ctx.saved_tensors
-        w, (zeroth, first, second) = Weights(*weights), ctx.moments
-        _, H, W, _ = expanded.shape
-        whole_slope = slope = bf16_rows(slope.permute(0, 2, 3, 1))
-        if scale_B is not None:
-            slope = whole_slope * scale_B
-        with together():
-            past, projection_slopes = shorten_slope(x_rows, whole_slope, w.projection, pooled=ctx.pooled)
-            gate = Gate(w, H * W)
-            acted_slope, sums, kept, shrink_slopes = _through_shrink(w, slope, filtered, second, gate)
-            *norm2_slopes, mix = second.backward(sums)
-            expanded_slope, sums, taps_slope = _through_depthwise(w, acted_slope, filtered, mix, expanded, first)
-            *norm1_slopes, mix = first.backward(sums)
-            source_slope, expand_slope = _through_expand(w, expanded_slope, expanded, mix, source)
-            sums = torch.empty(*source.shape[:2], 2, source.shape[3])
-            normed_sums(x_rows, source_slope, ctx.stride, sums)
-            *norm_slopes, mix = zeroth.backward(sums)
-            x_slope = torch.empty_like(x_rows)
-            for group in groups(x_rows):
-                here, around = x_rows[group], past[group]
-                if ctx.pooled:
-                    around = pool_slope(here, around, scratch("group", here.shape))
-                normed_slope(here, source_slope[group], ctx.stride, mix, around, x_slope[group])
-        slopes = (
-            *norm_slopes, expand_slope.view_as(w.expand), *norm1_slopes, taps_slope.T.reshape(w.depthwise.shape),
-            *norm2_slopes, *gate.slopes(kept, w), shrink_slopes[0].view_as(w.shrink), shrink_slopes[1],
-            *projection_slopes,
-        )  # fmt: skip
-        return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, *slopes  # in the order of Weights
+        scale_B, *saved = ctx.saved_tensors
+        kept, w = saved[:NUM_KEPT], Weights(*saved[NUM_KEPT:])
+        slope = bf16_rows(slope.permute(0, 2, 3, 1))
+        scaled = None if scale_B is None else slope * scale_B
+        x_slope, gated, *found = _invert_slope(slope, scaled, *kept, *w.as_read(), **ctx.options)
+        slopes = Weights(*found[:8], *gate_slopes(gated, w), *found[8:])
+        slopes = slopes._replace(depthwise=slopes.depthwise.T.reshape(w.depthwise.shape))
+        shaped = (slope if slope is None else slope.view(like.shape) for slope, like in zip(slopes, w, strict=True))
+        return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, *shaped
+
+
+@recorded
+def _invert(
+    x: Tensor,
+    shrink: Tensor,
+    shrink_bias: Tensor,
+    *weights: Tensor,
+    stride: int,
+    pooled: bool,
+    eps: tuple[float, ...],
+    scaled: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the output, or apart the branch and what goes past it; and what the way back needs."""
+    w = Weights(*weights)
+    zeroth = Moments.of(run_map("MOMENTS", x), x[..., 0].numel(), w.norm, w.norm_bias, eps[0])
+    source = normed(x, zeroth, stride)
+    B, H, W, _ = source.shape
+    expand, width = Weight(w.expand.flatten(1).T), len(w.expand)
+    expanded = torch.empty(B, H, W, width, dtype=torch.bfloat16)
+    sums = sums_for("MOMENTS", expanded)
+    for group in groups(expanded):
+        expand.product(source[group], out=expanded[group])
+        run_map("MOMENTS", expanded[group], sums=sums[group])
+    first = Moments.of(sums, B * H * W, w.norm1, w.norm1_bias, eps[1])
+    filtered = torch.empty_like(expanded)
+    sums = run_map("ACTED_DEPTHWISE", expanded, weight=w.depthwise, out=filtered, **first.fields)
+    second = Moments.of(sums, B * H * W, w.norm2, w.norm2_bias, eps[2])
+    past = shorten(x, w.projection, pooled=pooled)
+    gate, gated = Gate(w, H * W), GatedWeight(shrink, shrink_bias, len(w.shrink))
+    out = torch.empty_like(past)
+    for group in groups(expanded):
+        acted = scratch("group", filtered[group].shape)
+        gates = gate.gates(run_map("ACTED", filtered[group], out=acted, **second.fields))
+        gated.product(acted, gates, out[group], None if scaled else past[group])
+    return out, past if scaled else None, source, expanded, filtered, zeroth.found, first.found, second.found
+
+
+def _moments(
+    x: Tensor, source: Tensor, expanded: Tensor, filtered: Tensor, *found: Tensor
+) -> tuple[Moments, Moments, Moments]:
+    zeroth, first, second = found
+    pixels = expanded[..., 0].numel()
+    return Moments(zeroth, x[..., 0].numel()), Moments(first, pixels), Moments(second, pixels)
+
+
+@recorded
+def _invert_slope(
+    whole_slope: Tensor, scaled: Tensor | None, *inputs: Tensor, stride: int, pooled: bool
+) -> tuple[Tensor | None, ...]:
+    """Return the gradient of x, what `gate_slopes` needs, and the other weights' gradients in their order.
+
+    `inputs` are the map, what `_invert` kept and the weights. `scaled` is the branch's gradient, where it is another.
+    """
+    kept, w = inputs[:NUM_KEPT], Weights(*inputs[NUM_KEPT:])
+    x, source, expanded, filtered, *_ = kept
+    zeroth, first, second = _moments(*kept)
+    _, H, W, _ = expanded.shape
+    slope = whole_slope if scaled is None else scaled
+    past, projection_slopes = shorten_slope(x, whole_slope, w.projection, pooled=pooled)
+    gate = Gate(w, H * W)
+    acted_slope, sums, gated, shrink_slopes = _through_shrink(w, slope, filtered, second, gate)
+    *norm2_slopes, mix = second.backward(sums)
+    expanded_slope, sums, taps_slope = _through_depthwise(w, acted_slope, filtered, mix, expanded, first)
+    *norm1_slopes, mix = first.backward(sums)
+    source_slope, expand_slope = _through_expand(w, expanded_slope, expanded, mix, source)
+    sums = torch.empty(*source.shape[:2], 2, source.shape[3])
+    normed_sums(x, source_slope, stride, sums)
+    *norm_slopes, mix = zeroth.backward(sums)
+    x_slope = torch.empty_like(x)
+    for group in groups(x):
+        here, around = x[group], past[group]
+        if pooled:
+            around = pool_slope(here, around, scratch("group", here.shape))
+        normed_slope(here, source_slope[group], stride, mix, around, x_slope[group])
+    return (
+        x_slope, gated, *norm_slopes, expand_slope, *norm1_slopes, taps_slope, *norm2_slopes, *shrink_slopes,
+        *projection_slopes,
+    )  # fmt: skip
 
 
 def _through_shrink(
@@ -196,7 +243,7 @@ def _through_shrink(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Go back through the last product, squeeze-excite and GELU to what the norm before gives.
 
-    Returns that gradient, which lies in scratch, its sums, what `Gate.slopes` needs, and the product's gradients.
+    Returns that gradient, which lies in scratch, its sums, what `gate_slopes` needs, and the product's gradients.
     """
     shrink, shrink_slope = Weight(w.shrink.flatten(1)), WeightSlope(len(w.shrink), filtered.shape[3])
     acted_slope, sums = scratch("slope", filtered.shape), sums_for("ACTED_SLOPE", filtered)
@@ -222,7 +269,7 @@ def _through_depthwise(
     B, H, _, hidden = expanded.shape
     tap_sums, expanded_slope = torch.empty(B * -(-H // STRIP), 9, hidden), scratch("expanded slope", expanded.shape)
     sums = run_map(
-        "DEPTHWISE_SLOPE", expanded, gradient=acted_slope, residual=filtered, weight=w.taps, mix=mix,
+        "DEPTHWISE_SLOPE", expanded, gradient=acted_slope, residual=filtered, weight=w.depthwise, mix=mix,
         weight_sums=tap_sums, out=expanded_slope, **first.fields,
     )  # fmt: skip
     return expanded_slope, sums, total(tap_sums)

@@ -40,5 +40,4 @@ def shorten_slope(x: Tensor, slope: Tensor, projection: Projection, *, pooled: b
         return slope, Projection(None, None)
     matrix = projection.weight.flatten(1)
     weight_slope, bias_slope = WeightSlope(*matrix.shape).add(slope, pool(x) if pooled else x).total()
-    found = Projection(weight_slope.view_as(projection.weight), bias_slope)
-    return Weight(matrix).product(slope), found
+    return Weight(matrix).product(slope), Projection(weight_slope.view_as(projection.weight), bias_slope)

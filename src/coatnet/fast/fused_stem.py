@@ -17,13 +17,12 @@ from coatnet.fast.kernels import (
     Weight,
     WeightSlope,
     bf16_rows,
+    floats,
     groups,
-    run,
     run_map,
-    scratch,
     sum_of_rows,
-    together,
 )
+from coatnet.fast.operations import run, scratch, together
 from coatnet.model.layers import ConvStem
 
 
@@ -56,7 +55,7 @@ def weights_of(stem: ConvStem) -> list[Tensor]:
 
 
 def _convolutions(weights: Sequence[Tensor]) -> list[Convolution]:
-    return [Convolution(*weights[first : first + 2]) for first in range(0, len(weights), 4)]
+    return [Convolution(*floats(weights[first : first + 2])) for first in range(0, len(weights), 4)]
 
 
 class Stemmed(torch.autograd.Function):
@@ -75,7 +74,8 @@ class Stemmed(torch.autograd.Function):
             patches = _unfold(images, stem)
             made = [first.of_patches(patches)]
             for convolution, norm in zip(inner, norms, strict=True):
-                ctx.moments.append(Moments(run_map("MOMENTS", made[-1]), patches[..., 0].numel(), norm))
+                sums, affine = run_map("MOMENTS", made[-1]), floats([norm.weight, norm.bias])
+                ctx.moments.append(Moments.of(sums, patches[..., 0].numel(), *affine, norm.eps))
                 made.append(_act_and_convolve(made[-1], ctx.moments[-1], convolution))
         for moments, norm in zip(ctx.moments, norms, strict=True):
             moments.follow(norm)

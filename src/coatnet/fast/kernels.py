@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from coatnet import native
-from coatnet.fast.packing import PANEL, gates_the_map, panels
+from coatnet.fast.operations import Fields, run
+from coatnet.fast.packing import PANEL, gates_the_map, padded, panels
 
 BF16 = native.TYPES["BF16"]
 GROUP_BYTES = 6 << 20  # of a wide map that goes through several kernels at once, to be found in the caches
@@ -21,37 +18,6 @@ STRIP = 14  # lines that some kernels do in one go (native/training.h)
 BY_STRIP = ("ACTED_DEPTHWISE", "DEPTHWISE_SLOPE")
 SMALL_MAP = 256  # pixels
 SMALL_WEIGHT_BYTES = 3 << 18  # of a gradient that stays in the second cache
-Fields = Tensor | int
-
-
-def run(kind: str, **fields: Fields) -> None:
-    """Carry out one operation, or gather it (`together`); tensors stand for their addresses."""
-    values = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in fields.items()}
-    op = native.Op(kind=native.KINDS[kind], **values)
-    gathered = _GATHERED.__dict__.get("ops")
-    if gathered is None:
-        native.run((native.Op * 1)(op), torch.get_num_threads())
-    else:
-        gathered.append((op, fields))
-
-
-@contextmanager
-def together() -> Generator[None]:
-    """Gather the operations of this block and carry them out at its end, in order, in one go.
-
-    Within it torch must read nothing that they write, nor write what they read once they are gathered.
-    """
-    gathered: list[tuple[native.Op, dict[str, Fields]]] = []  # with the fields, whose memory must last until then
-    _GATHERED.ops = gathered
-    try:
-        yield
-    finally:
-        _GATHERED.ops = None
-    native.run((native.Op * len(gathered))(*(op for op, _ in gathered)), torch.get_num_threads())
-
-
-_GATHERED = threading.local()
-
 
 def num_parts(kind: str, lines: int, cells: int) -> int:
     """Return in how many parts a kernel sums over a map of this size."""
@@ -84,21 +50,6 @@ def total(sums: Tensor) -> Tensor:
     return out
 
 
-def scratch(name: str, shape: Sequence[int]) -> Tensor:
-    """Return memory for a bf16 map of this shape, which the next request by the same name in this thread overwrites.
-
-    New memory costs more than what is written to it: the system clears it page by page.
-    """
-    kept: dict[str, Tensor] = _KEPT.__dict__
-    count = math.prod(shape)
-    if name not in kept or kept[name].numel() < count:
-        kept[name] = torch.empty(count, dtype=torch.bfloat16)
-    return kept[name][:count].view(*shape)
-
-
-_KEPT = threading.local()
-
-
 def groups(wide: Tensor) -> Iterator[slice]:
     """Cut a map's images into groups that the caches hold."""
     count = len(wide)
@@ -108,20 +59,18 @@ def groups(wide: Tensor) -> Iterator[slice]:
 
 
 class Weight:
-    """A product's weight (K, N), packed in bf16, and its bias."""
+    """A product's weight (K, N), fp32 with one step of 1, packed in bf16, and its bias."""
 
     def __init__(self, weight_KN: Tensor, bias_N: Tensor | None = None) -> None:
         self.depth, self.width = weight_KN.shape
-        source = weight_KN.detach().float()
-        if 1 not in source.stride():
-            source = source.contiguous()
-        self.packed = source.new_empty(-(-self.width // PANEL), -(-self.depth // 2), PANEL, 2, dtype=torch.bfloat16)
-        line, cell = (4 * step for step in source.stride())
+        panels, steps = -(-self.width // PANEL), -(-self.depth // 2)
+        self.packed = torch.empty(panels, steps, PANEL, 2, dtype=torch.bfloat16)
+        line, cell = (4 * step for step in weight_KN.stride())
         run(
-            "PACK", depth=self.depth, width=self.width, source=source, source_line=line, source_cell=cell,
+            "PACK", depth=self.depth, width=self.width, source=weight_KN, source_line=line, source_cell=cell,
             out=self.packed,
         )  # fmt: skip
-        self.bias = _no_bias(-(-self.width // PANEL) * PANEL) if bias_N is None else _padded(bias_N)
+        self.bias: Fields = 0 if bias_N is None else bias_N
 
     def product(
         self,
@@ -147,27 +96,20 @@ class Weight:
         return out
 
 
-@cache
-def _no_bias(width: int) -> Tensor:
-    return torch.zeros(width)
-
-
-def _padded(bias_N: Tensor) -> Tensor:
-    bias_N = bias_N.detach().float()
-    return F.pad(bias_N, (0, -len(bias_N) % PANEL)) if len(bias_N) % PANEL else bias_N
+def to_be_gated(weight_NK: Tensor, bias_N: Tensor, images: int, pixels: int) -> tuple[Tensor, Tensor]:
+    """Return a product's weight and bias as `GatedWeight` takes them, for so many maps of so many pixels."""
+    if gates_the_map(pixels, len(weight_NK)):
+        return weight_NK, bias_N
+    return panels(weight_NK.T), padded(bias_N).repeat(images, 1)
 
 
 class GatedWeight:
-    """A product's weight (N, K) and bias for so many maps of so many pixels, gated by its channels in."""
+    """A product's weight of N columns, gated by its channels in for each image, and its bias (`to_be_gated`)."""
 
-    def __init__(self, weight_NK: Tensor, bias_N: Tensor, images: int, pixels: int) -> None:
-        self.width = weight_NK.shape[0]
-        self.shared = self.raw = None
-        if gates_the_map(pixels, self.width):
-            self.shared = Weight(weight_NK.T, bias_N)
-        else:
-            self.raw = panels(weight_NK.detach().T.float())
-            self.bias = _padded(bias_N).repeat(images, 1)
+    def __init__(self, weight: Tensor, bias: Tensor, width: int) -> None:
+        self.width = width
+        self.raw, self.bias = weight, bias
+        self.shared = Weight(weight.T, bias) if weight.dim() == 2 else None
 
     def product(self, x: Tensor, gates: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         """Multiply x (B, H, W, K) bf16, gated by (B, K), into out (B, H, W, N) bf16, plus `residual`. Writes over x."""
@@ -176,7 +118,6 @@ class GatedWeight:
             run("GATED", type=BF16, images=B, lines=1, cells=H * W, width=K, source=x, gates=gates, out=x)
             self.shared.product(x, out, residual)
             return
-        assert self.raw is not None
         packed = x.new_empty(B, *self.raw.shape)
         run(
             "SCALE", out_type=BF16, images=B, depth=K, width=N, source=gates, weight=self.raw,
@@ -226,16 +167,25 @@ class WeightSlope:
 
 
 def bf16_rows(x: Tensor) -> Tensor:
-    """Return a tensor as the kernels read it."""
+    """Return a map as the kernels read it."""
     return x.to(torch.bfloat16).contiguous()
+
+
+def floats(weights: Iterable[Tensor | None]) -> list[Any]:
+    """Return weights as the kernels read them, each a tensor or None as before."""
+    return [w if w is None or _is_plain(w) else w.detach().float().contiguous() for w in weights]
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 def norm_rows(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
     """LayerNorm over the channels: (B, H, W, C) bf16 -> the same."""
     (B, H, W, C), out = x.shape, torch.empty_like(x) if out is None else out
     run(
-        "NORM", type=BF16, out_type=BF16, images=B, lines=H, cells=W, width=C, source=x, scale=weight.detach().float(),
-        bias=bias.detach().float(), out=out,
+        "NORM", type=BF16, out_type=BF16, images=B, lines=H, cells=W, width=C, source=x, scale=weight,
+        bias=bias, out=out,
     )  # fmt: skip
     return out
 
@@ -245,7 +195,7 @@ def norm_slope(x: Tensor, slope: Tensor, weight: Tensor, residual: Tensor) -> tu
 
     The first lies where `slope` did.
     """
-    sums = run_map("LAYER_SLOPE", x, gradient=slope, scale=weight.detach().float(), residual=residual, out=slope)
+    sums = run_map("LAYER_SLOPE", x, gradient=slope, scale=weight, residual=residual, out=slope)
     return slope, total(sums.flatten(0, 1))
 
 

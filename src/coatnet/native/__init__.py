@@ -27,9 +27,9 @@ class Op(ctypes.Structure):
     """One row of a plan; the fields are read off `op.h`, each 64 bits wide."""
 
     _fields_ = [
-        (name.strip(" *"), ctypes.c_int64)
-        for names in re.findall(
-            r"^    (?:int64_t|const char|const float|char|float) (.+?);",
+        (name.strip(" *"), ctypes.c_double if type_ == "double" else ctypes.c_int64)
+        for type_, names in re.findall(
+            r"^    (int64_t|double|const char|const float|char|float) (.+?);",
             (HERE / "op.h").read_text(encoding="utf-8"),
             re.MULTILINE,
         )

@@ -164,7 +164,8 @@ inline void attention_slope(const Op& op, int64_t thread, int64_t threads) {
         std::fill_n(scratch.summed, scratch.tokens * scratch.padded, 0.0f);
         for (int64_t image = 0; image < op.images; image++) head_slope(op, scratch, image, head);
         if (op.relative != PRE) continue;
-        float* bias_slope = op.weight_sums + head * scratch.biases.size();
+        float* const bias_slope = op.weight_sums + head * scratch.biases.size();
+        std::fill_n(bias_slope, scratch.biases.size(), 0.0f);
         for (int64_t query = 0; query < scratch.tokens; query++)
             for (int64_t t = 0; t < scratch.tokens; t += 16)
                 scratch.biases.add(t, bias_slope + scratch.biases.place(query),

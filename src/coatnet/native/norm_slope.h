@@ -45,7 +45,7 @@ inline void batch_norm(const Op& op, int64_t thread, int64_t threads) {
     for (int64_t c = own.first; c < own.last; c++) {
         const double mean = sums[c - own.first] / op.cells;
         const double variance = std::max(0.0, squares[c - own.first] / op.cells - mean * mean);
-        const float inverse = 1 / __builtin_sqrt(variance + *op.eps), factor = op.scale[c] * inverse;
+        const float inverse = 1 / __builtin_sqrt(variance + op.eps), factor = op.scale[c] * inverse;
         out[FACTOR * C + c] = factor;
         out[SHIFT * C + c] = op.bias[c] - float(mean) * factor;
         out[MEAN_OF_ALL * C + c] = mean;

@@ -26,7 +26,7 @@ struct Op {
     int64_t weight_image;                   // PRODUCT: > 0 where each image has weights, scales and biases of its own
     int64_t heads, head_dim, relative;      // ATTENTION
     const char *source, *weight, *residual; // residual lies as the output does
-    const float *bias, *scale;              // by output channel; scale turns sums of 8-bit products into numbers;
+    const float *bias, *scale;              // by output channel, the former or none; scale turns sums of 8-bit products into numbers;
                                             // ATTENTION: a table of biases by offset for each head
     const float *out_scale, *out_zero;      // by output channel: 8 bit = number * out_scale + out_zero
     const char *pad;                        // DEPTHWISE: one pixel of zeros, in the source's type
@@ -38,7 +38,7 @@ struct Op {
     // Training (training.h): a map and its gradient; BatchNorm as a factor and a shift by channel; what gradients mix.
     char *gradient;
     const float *factor, *shift, *gates, *mean_slopes, *mix;
-    const float *eps;
+    double eps;                             // BATCH_NORM
     float *weight_sums;
     char *beside;                           // PRODUCT: a second map that lies as the output does (GELU_KEPT, GELU_SLOPE)
     int64_t adds;                           // WEIGHT_SLOPE: 1 where it adds to what `out` holds

@@ -143,7 +143,7 @@ void tile(const Op& op, const char* a, const char* w, int64_t steps, const Part&
     for (int half = 0; half < V; half++) {
         const int64_t at = column + 16 * half;
         const __mmask16 mask = tail(op.width - at);
-        const __m512 b = _mm512_maskz_loadu_ps(mask, bias + at);
+        const __m512 b = _mm512_maskz_loadu_ps(op.bias ? mask : 0, bias + at);
         const __m512 s = TYPE == UINT8 ? _mm512_maskz_loadu_ps(mask, scale + at) : b;
         const __m512 os = OUT == UINT8 ? _mm512_maskz_loadu_ps(mask, op.out_scale + at) : b;
         const __m512 oz = OUT == UINT8 ? _mm512_maskz_loadu_ps(mask, op.out_zero + at) : b;
@@ -205,6 +205,7 @@ void product(const Op& op, int64_t thread, int64_t threads) {
     const int64_t part_steps = op.segments == 1 ? std::min(steps, op.part ? op.part : PART_STEPS) : steps;
     const int64_t group = std::max<int64_t>(1, ROWS_BYTES / (ROWS * op.segments * part_steps * 4));
     const bool is_big = panels * panel_bytes > BIG_BYTES && !op.weight_image;
+    const float* const bias = op.bias ? op.bias : (const float*)op.weight;  // read with an empty mask: slow where nothing is
     char* const between = kept<struct Between>(part_steps < steps ? group * ROWS * (columns.last - columns.first) * 128 : 0);
     for (int64_t start = rows.first; start < rows.last; start += group)
         for (int64_t k = 0; k < steps; k += part_steps)
@@ -222,7 +223,7 @@ void product(const Op& op, int64_t thread, int64_t threads) {
                     const int64_t own = op.weight_image ? image * panels * PANEL : 0;
                     const char* a = op.source + image * op.source_image + y * op.source_line + x * op.source_cell + 4 * k;
                     const char* w = op.weight + image * op.weight_image + panel * panel_bytes + k * 128;
-                    tiles<TYPE, OUT>(op, a, w, now, part, op.scale + own, op.bias + own, panel * PANEL, op.out + place,
+                    tiles<TYPE, OUT>(op, a, w, now, part, op.scale + own, bias + own, panel * PANEL, op.out + place,
                                      op.residual ? op.residual + place : nullptr,
                                      std::min(op.cells, (first + next - t) * ROWS) - x, ahead);
                     part.sums += (next - t) * ROWS * 128;

@@ -1,0 +1,207 @@
+"""How operations reach the kernels: at once, gathered, or recorded. To write an operation down takes Python as long as a
+small one takes to be carried out, so what happens in every update is written down once.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Container, Generator, Hashable, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, wraps
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coatnet import native
+
+Fields = Tensor | int | float
+Gathered = list[tuple[native.Op, dict[str, Fields]]]  # with the fields, whose memory must last
+Tensors = Sequence[Tensor | None]
+Made = TypeVar("Made", bound="tuple[Tensor | None, ...]")
+CACHE_LINE = 64  # bytes
+NUM_RECORDINGS = 1024  # kept: of each kind of block for each size of image and batch
+NO_LIMIT = 1 << 40  # values, more than there will be
+COLUMNS = {name: number for number, (name, *_) in enumerate(native.Op._fields_)}
+
+
+def run(kind: str, **fields: Fields) -> None:
+    """Carry out one operation, or gather it; tensors stand for their addresses."""
+    values = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in fields.items()}
+    op = native.Op(kind=native.KINDS[kind], **values)
+    if _OURS.gathered is None:
+        native.run((native.Op * 1)(op), torch.get_num_threads())
+    else:
+        _OURS.gathered.append((op, fields))
+
+
+@contextmanager
+def together() -> Generator[None]:
+    """Gather the operations of this block and carry them out at its end, in order, in one go.
+
+    Within it torch must read nothing that they write, nor write what they read once they are gathered.
+    """
+    with _gathering() as gathered:
+        yield
+    native.run((native.Op * len(gathered))(*(op for op, _ in gathered)), torch.get_num_threads())
+
+
+@contextmanager
+def _gathering() -> Generator[Gathered]:
+    assert _OURS.gathered is None, "operations are gathered already"
+    gathered = _OURS.gathered = []
+    try:
+        yield gathered
+    finally:
+        _OURS.gathered = None
+
+
+class _Ours(threading.local):
+    """What belongs to this thread."""
+
+    def __init__(self) -> None:
+        self.gathered: Gathered | None = None
+        self.recorder: _Recorder | None = None
+        self.scratch: dict[str, Tensor] = {}
+        self.arena = torch.empty(0, dtype=torch.uint8)
+
+
+_OURS = _Ours()
+
+
+def scratch(name: str, shape: Sequence[int]) -> Tensor:
+    """Return memory for a bf16 map of this shape, which the next request by the same name in this thread overwrites.
+
+    New memory costs more than what is written to it: the system clears it page by page.
+    """
+    kept, count = _OURS.scratch, math.prod(shape)
+    if _OURS.recorder is not None:
+        return _OURS.recorder.scratch(name, count).view(*shape)
+    if name not in kept or kept[name].numel() < count:
+        kept[name] = torch.empty(count, dtype=torch.bfloat16)
+    return kept[name][:count].view(*shape)
+
+
+def recorded(body: Callable[..., Made]) -> Callable[..., Made]:
+    """Make a function of tensors, whose work is done by `run`, write its operations down once for each size of input.
+
+    Positional arguments are tensors or None; the others are what else the operations depend on. It is recorded with
+    tensors that have no memory ("meta"): in it torch may ask for memory (`torch.empty`, `scratch`) and take views, and
+    nothing else. What it does not return lies in memory that this thread's next recorded function overwrites.
+    Raises: TypeError where torch is to compute.
+    """
+
+    @wraps(body)
+    def carried_out(*inputs: Tensor | None, **options: Hashable) -> Made:
+        signatures = tuple(x if x is None else (x.shape, x.stride(), x.dtype) for x in inputs)
+        return cast("Made", _record(body, signatures, tuple(options.items())).carry_out(inputs))
+
+    return carried_out
+
+
+@lru_cache(NUM_RECORDINGS)
+def _record(
+    body: Callable[..., Tensors], signatures: tuple[Any, ...], options: tuple[tuple[str, Hashable], ...]
+) -> _Recording:
+    inputs = [
+        None if signature is None else torch.empty_strided(*signature[:2], dtype=signature[2], device="meta")
+        for signature in signatures
+    ]
+    recorder = _OURS.recorder = _Recorder()
+    try:
+        with torch.device("meta"), recorder, _gathering() as gathered:
+            returned = body(*inputs, **dict(options))
+    finally:
+        _OURS.recorder = None
+    return _Recording(gathered, inputs, recorder, returned)
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees what torch does in a function that is recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+        self.scratches: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if "empty" in func.name():
+            self.made.append(found)
+        elif not func.is_view:
+            raise TypeError(f"A recorded function only asks for memory and takes views, and {func} computes.")
+        return found
+
+    def scratch(self, name: str, count: int) -> Tensor:
+        """Return bf16 memory for so many values."""
+        if name not in self.scratches:
+            self.scratches[name] = torch.empty(NO_LIMIT, dtype=torch.bfloat16)
+        self.counts[name] = max(count, self.counts.get(name, 0))
+        return self.scratches[name][:count]
+
+
+class _Recording:
+    """Operations as a table of numbers, and which of these are addresses.
+
+    An address is a base and an offset. Bases are those of inputs, of what is made and returned, and of the arena, in which
+    all else lies.
+    """
+
+    def __init__(self, gathered: Gathered, inputs: Tensors, recorder: _Recorder, returned: Tensors) -> None:
+        results = {_storage(x) for x in returned if x is not None}
+        self.made = [x for x in recorder.made if _storage(x) in results]
+        bases = {_storage(x): number for number, x in enumerate([*inputs, *self.made]) if x is not None}
+        arena = len(inputs) + len(self.made)
+        starts, self.arena_bytes = _lay_out(recorder, bases)
+        self.returned = [None if x is None else (bases[_storage(x)], x) for x in returned]
+        ops = (native.Op * len(gathered))(*(op for op, _ in gathered))
+        self.table = np.frombuffer(ops, np.int64).copy()
+        places = {
+            row * len(COLUMNS) + COLUMNS[name]: _storage(x)
+            for row, (_, fields) in enumerate(gathered)
+            for name, x in fields.items()
+            if isinstance(x, Tensor)
+        }
+        self.places = np.fromiter(places, np.int64)
+        self.bases = np.array([bases.get(storage, arena) for storage in places.values()], np.int64)
+        # A tensor without memory starts at 0: what stands in the table are offsets.
+        self.table[self.places] += np.array([starts.get(storage, 0) for storage in places.values()], np.int64)
+
+    def carry_out(self, inputs: Tensors) -> tuple[Tensor | None, ...]:
+        known = [*inputs, *(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in self.made)]
+        if _OURS.arena.nbytes < self.arena_bytes + CACHE_LINE:
+            _OURS.arena = torch.empty(self.arena_bytes + CACHE_LINE, dtype=torch.uint8)
+        addresses = [0 if x is None else x.data_ptr() for x in known]
+        addresses.append(-(-_OURS.arena.data_ptr() // CACHE_LINE) * CACHE_LINE)
+        table = self.table.copy()
+        table[self.places] += np.array(addresses, np.int64)[self.bases]
+        native.run((native.Op * (len(table) // len(COLUMNS))).from_buffer(table), torch.get_num_threads())
+        return tuple(None if x is None else _view(known[x[0]], x[1]) for x in self.returned)
+
+
+def _lay_out(recorder: _Recorder, apart: Container[int]) -> tuple[dict[int, int], int]:
+    """Return where in the arena each storage starts that does not lie `apart`, and how many bytes they all take."""
+    names, starts, end = {_storage(x): name for name, x in recorder.scratches.items()}, dict[int, int](), 0
+    for x in recorder.made:
+        storage = _storage(x)
+        if storage not in apart:
+            starts[storage] = end
+            count = recorder.counts[names[storage]] if storage in names else x.numel()
+            end += -(-count * x.itemsize // CACHE_LINE) * CACHE_LINE
+    return starts, end
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def _view(known: Tensor | None, like: Tensor) -> Tensor:
+    """Return what the stand-in `like` is of the tensor that its storage stands for."""
+    assert known is not None
+    if known.shape == like.shape and known.stride() == like.stride() and not like.storage_offset():
+        return known
+    return known.as_strided(like.shape, like.stride(), known.storage_offset() + like.storage_offset())
