@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from coatnet import native
-from coatnet.fast.batch_norm import Moments, normed, normed_slope, normed_sums
+from coatnet.fast.batch_norm import BatchNorms, Moments, normed, normed_slope, normed_sums
 from coatnet.fast.fused_mbconv import Gate, Weights, gate_slopes
 from coatnet.fast.kernels import (
     GatedWeight,
@@ -174,8 +174,10 @@ def test_batch_norm_before_a_stride_and_its_way_back(channels: int, stride: int)
     want_out = twin(doubles.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, ::stride, ::stride]
     slope = noise(*want_out.shape)
     want = slopes_of(want_out, slope, doubles, twin.weight, twin.bias)
-    moments = Moments.of(run_map("MOMENTS", x), x[..., 0].numel(), norm.weight, norm.bias, norm.eps)
-    moments.follow(norm)
+    running = norm.running_mean, norm.running_var
+    numbers = (norm.eps, norm.momentum)
+    moments = Moments.of(run_map("MOMENTS", x), x[..., 0].numel(), (norm.weight, norm.bias), running, numbers)
+    BatchNorms(norm).count_batch()
     for name, value in twin.named_buffers():
         assert torch.allclose(norm.get_buffer(name).double(), value.double(), rtol=1e-4), f"{name} is another"
     assert_near(normed(x, moments, stride), want_out.detach(), "the norm")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from coatnet.fast.operations import run
 
+Numbers = tuple[float, float]  # eps and momentum
+
 
 class Moments:
     """What a BatchNorm in training does to a map, and what its backward mixes.
 
-    `found` (5, C) holds what BATCH_NORM finds over `count` pixels (native/norm_slope.h).
+    `found` (4, C) holds what BATCH_NORM finds over `count` pixels (native/norm_slope.h).
     """
 
     def __init__(self, found: Tensor, count: int) -> None:
@@ -19,13 +23,18 @@ class Moments:
         self.fields = {"factor": found[0], "shift": found[1]}  # what the kernels ask for that norm a map
 
     @classmethod
-    def of(cls, sums: Tensor, count: int, weight: Tensor, bias: Tensor, eps: float) -> Moments:
-        """Find them from a kernel's sums of the map and of its square over `count` pixels, (images, parts, 2, C)."""
-        width = sums.shape[-1]
-        found = torch.empty(5, width)
+    def of(
+        cls, sums: Tensor, count: int, affine: Sequence[Tensor], running: Sequence[Tensor], numbers: Numbers
+    ) -> Moments:
+        """Find them from a kernel's sums of the map and of its square over `count` pixels, (images, parts, 2, C).
+
+        Moves the running mean and variance on.
+        """
+        width, (weight, bias), (mean, variance), (eps, momentum) = sums.shape[-1], affine, running, numbers
+        found = torch.empty(4, width)
         run(
-            "BATCH_NORM", images=_num_rows(sums), width=width, cells=count, sums=sums, out=found, scale=weight, bias=bias,
-            eps=eps,
+            "BATCH_NORM", images=_num_rows(sums), width=width, cells=count, sums=sums, out=found, scale=weight,
+            bias=bias, running_mean=mean, running_variance=variance, eps=eps, momentum=momentum,
         )  # fmt: skip
         return cls(found, count)
 
@@ -34,24 +43,12 @@ class Moments:
 
         `sums` are of the slope, alone and times the map.
         """
-        out = torch.empty_like(self.found)
+        out = torch.empty(5, sums.shape[-1])
         run(
             "BATCH_NORM_SLOPE", images=_num_rows(sums), width=sums.shape[-1], cells=self.count, sums=sums,
             source=self.found, out=out,
         )  # fmt: skip
         return out[0], out[1], out[2:]
-
-    @torch.no_grad()
-    def follow(self, norm: nn.BatchNorm2d) -> None:
-        """Move a BatchNorm's running statistics as it would itself."""
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert norm.momentum is not None
-        if norm.num_batches_tracked is not None:  # None while a checkpointed block is computed again
-            norm.num_batches_tracked.add_(1)
-        _, _, mean, _, variance = self.found
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(variance * (self.count / max(1, self.count - 1)), norm.momentum)
 
 
 def normed(x: Tensor, moments: Moments, stride: int) -> Tensor:
@@ -84,6 +81,24 @@ def _num_rows(sums: Tensor) -> int:
     return sums.numel() // (2 * sums.shape[-1])
 
 
-def batch_norm_of(norm: nn.Module) -> nn.BatchNorm2d:
-    assert isinstance(norm, nn.BatchNorm2d)
-    return norm
+class BatchNorms:
+    """The BatchNorms of a block, for functions that are recorded."""
+
+    def __init__(self, *norms: nn.Module) -> None:
+        self.norms = [norm for norm in norms if isinstance(norm, nn.BatchNorm2d)]
+        assert len(self.norms) == len(norms)
+
+    def running(self) -> list[Tensor]:
+        """Return their running means and variances, in turns."""
+        found = [part for norm in self.norms for part in (norm.running_mean, norm.running_var) if part is not None]
+        assert len(found) == 2 * len(self.norms)
+        assert all(part.dtype == torch.float32 for part in found)
+        return found
+
+    def numbers(self) -> tuple[Numbers, ...]:
+        return tuple((norm.eps, norm.momentum or 0.0) for norm in self.norms)
+
+    def count_batch(self) -> None:
+        for norm in self.norms:
+            if norm.num_batches_tracked is not None:  # None while a checkpointed block is computed again
+                norm.num_batches_tracked.add_(1)

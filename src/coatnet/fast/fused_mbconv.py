@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from coatnet.fast.batch_norm import Moments, batch_norm_of, normed, normed_slope, normed_sums
+from coatnet.fast.batch_norm import BatchNorms, Moments, Numbers, normed, normed_slope, normed_sums
 from coatnet.fast.fused_shortcut import Projection, pools, shorten, shorten_slope
 from coatnet.fast.kernels import (
     STRIP,
@@ -24,6 +24,7 @@ from coatnet.fast.kernels import (
     groups,
     pool_slope,
     run_map,
+    scaled,
     sums_for,
     to_be_gated,
     total,
@@ -31,7 +32,8 @@ from coatnet.fast.kernels import (
 from coatnet.fast.operations import recorded, run, scratch
 from coatnet.model.mbconv import MBConv
 
-NUM_KEPT = 7  # maps and moments, of `_invert`'s input and for its way back
+NUM_KEPT = 7  # of `_invert`'s input and what it kept: maps and moments
+
 
 class Weights(NamedTuple):
     """What MBConv learns; of gradients, the same in the same order."""
@@ -128,19 +130,13 @@ class Inverted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: MBConv, scale_B: Tensor | None, *weights: Tensor) -> Tensor:
-        w, stride, x_rows = Weights(*weights), block.expand.stride[0], bf16_rows(x.permute(0, 2, 3, 1))
+        w, stride, x_rows = Weights(*weights).as_read(), block.expand.stride[0], bf16_rows(x.permute(0, 2, 3, 1))
         B, H, W, _ = x_rows.shape
-        norms = [batch_norm_of(norm) for norm in (block.norm, block.expand_norm, block.depthwise_norm)]
-        read = w.as_read()
-        shrink = to_be_gated(read.shrink.flatten(1), read.shrink_bias, B, -(-H // stride) * -(-W // stride))
+        shrink = to_be_gated(w.shrink.flatten(1), w.shrink_bias, B, -(-H // stride) * -(-W // stride))
+        norms = BatchNorms(block.norm, block.expand_norm, block.depthwise_norm)
         ctx.options = {"stride": stride, "pooled": pools(block.shortcut)}
-        out, past, *kept = _invert(
-            x_rows, *shrink, *read, eps=tuple(norm.eps for norm in norms), scaled=scale_B is not None, **ctx.options
-        )
-        if scale_B is not None:
-            out = past + out * scale_B
-        for moments, norm in zip(_moments(x_rows, *kept), norms, strict=True):
-            moments.follow(norm)
+        out, *kept = _invert(x_rows, scale_B, *shrink, *norms.running(), *w, numbers=norms.numbers(), **ctx.options)
+        norms.count_batch()
         ctx.save_for_backward(scale_B, x_rows, *kept, *weights)
         ctx.in_dtype = x.dtype
         return out.permute(0, 3, 1, 2)
@@ -150,29 +146,30 @@ class Inverted(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         scale_B, *saved = ctx.saved_tensors
         kept, w = saved[:NUM_KEPT], Weights(*saved[NUM_KEPT:])
-        slope = bf16_rows(slope.permute(0, 2, 3, 1))
-        scaled = None if scale_B is None else slope * scale_B
-        x_slope, gated, *found = _invert_slope(slope, scaled, *kept, *w.as_read(), **ctx.options)
+        x_slope, gated, *found = _invert_slope(
+            bf16_rows(slope.permute(0, 2, 3, 1)), scale_B, *kept, *w.as_read(), **ctx.options
+        )
         slopes = Weights(*found[:8], *gate_slopes(gated, w), *found[8:])
-        slopes = slopes._replace(depthwise=slopes.depthwise.T.reshape(w.depthwise.shape))
-        shaped = (slope if slope is None else slope.view(like.shape) for slope, like in zip(slopes, w, strict=True))
+        slopes = slopes._replace(depthwise=slopes.depthwise.T.contiguous())
+        likes = saved[NUM_KEPT:]
+        shaped = [slope if slope is None else slope.view_as(like) for slope, like in zip(slopes, likes, strict=True)]
         return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, *shaped
 
 
 @recorded
 def _invert(
     x: Tensor,
+    scale_B: Tensor | None,
     shrink: Tensor,
     shrink_bias: Tensor,
-    *weights: Tensor,
+    *inputs: Tensor,
     stride: int,
     pooled: bool,
-    eps: tuple[float, ...],
-    scaled: bool,
-) -> tuple[Tensor | None, ...]:
-    """Return the output, or apart the branch and what goes past it; and what the way back needs."""
-    w = Weights(*weights)
-    zeroth = Moments.of(run_map("MOMENTS", x), x[..., 0].numel(), w.norm, w.norm_bias, eps[0])
+    numbers: tuple[Numbers, ...],
+) -> tuple[Tensor, ...]:
+    """Return the output and what the way back needs. `inputs` are the norms' running statistics and the weights."""
+    running, w = inputs[:6], Weights(*inputs[6:])
+    zeroth = Moments.of(run_map("MOMENTS", x), x[..., 0].numel(), (w.norm, w.norm_bias), running[:2], numbers[0])
     source = normed(x, zeroth, stride)
     B, H, W, _ = source.shape
     expand, width = Weight(w.expand.flatten(1).T), len(w.expand)
@@ -181,42 +178,33 @@ def _invert(
     for group in groups(expanded):
         expand.product(source[group], out=expanded[group])
         run_map("MOMENTS", expanded[group], sums=sums[group])
-    first = Moments.of(sums, B * H * W, w.norm1, w.norm1_bias, eps[1])
+    first = Moments.of(sums, B * H * W, (w.norm1, w.norm1_bias), running[2:4], numbers[1])
     filtered = torch.empty_like(expanded)
     sums = run_map("ACTED_DEPTHWISE", expanded, weight=w.depthwise, out=filtered, **first.fields)
-    second = Moments.of(sums, B * H * W, w.norm2, w.norm2_bias, eps[2])
+    second = Moments.of(sums, B * H * W, (w.norm2, w.norm2_bias), running[4:], numbers[2])
     past = shorten(x, w.projection, pooled=pooled)
     gate, gated = Gate(w, H * W), GatedWeight(shrink, shrink_bias, len(w.shrink))
     out = torch.empty_like(past)
     for group in groups(expanded):
         acted = scratch("group", filtered[group].shape)
         gates = gate.gates(run_map("ACTED", filtered[group], out=acted, **second.fields))
-        gated.product(acted, gates, out[group], None if scaled else past[group])
-    return out, past if scaled else None, source, expanded, filtered, zeroth.found, first.found, second.found
-
-
-def _moments(
-    x: Tensor, source: Tensor, expanded: Tensor, filtered: Tensor, *found: Tensor
-) -> tuple[Moments, Moments, Moments]:
-    zeroth, first, second = found
-    pixels = expanded[..., 0].numel()
-    return Moments(zeroth, x[..., 0].numel()), Moments(first, pixels), Moments(second, pixels)
+        gated.product(acted, gates, out[group], past[group] if scale_B is None else None)
+    out = out if scale_B is None else scaled(out, scale_B, past)
+    return out, source, expanded, filtered, zeroth.found, first.found, second.found
 
 
 @recorded
-def _invert_slope(
-    whole_slope: Tensor, scaled: Tensor | None, *inputs: Tensor, stride: int, pooled: bool
-) -> tuple[Tensor | None, ...]:
+def _invert_slope(slope: Tensor, scale_B: Tensor | None, *inputs: Tensor, stride: int, pooled: bool) -> tuple[Any, ...]:
     """Return the gradient of x, what `gate_slopes` needs, and the other weights' gradients in their order.
 
-    `inputs` are the map, what `_invert` kept and the weights. `scaled` is the branch's gradient, where it is another.
+    `inputs` are the map, what `_invert` kept and the weights.
     """
-    kept, w = inputs[:NUM_KEPT], Weights(*inputs[NUM_KEPT:])
-    x, source, expanded, filtered, *_ = kept
-    zeroth, first, second = _moments(*kept)
-    _, H, W, _ = expanded.shape
-    slope = whole_slope if scaled is None else scaled
-    past, projection_slopes = shorten_slope(x, whole_slope, w.projection, pooled=pooled)
+    w, (x, source, expanded, filtered, *found) = Weights(*inputs[NUM_KEPT:]), inputs[:NUM_KEPT]
+    B, H, W, _ = expanded.shape
+    pixels = (x[..., 0].numel(), B * H * W, B * H * W)
+    zeroth, first, second = (Moments(*each) for each in zip(found, pixels, strict=True))
+    past, projection_slopes = shorten_slope(x, slope, w.projection, pooled=pooled)
+    slope = slope if scale_B is None else scaled(slope, scale_B)
     gate = Gate(w, H * W)
     acted_slope, sums, gated, shrink_slopes = _through_shrink(w, slope, filtered, second, gate)
     *norm2_slopes, mix = second.backward(sums)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from coatnet import native
-from coatnet.fast.batch_norm import Moments, batch_norm_of
+from coatnet.fast.batch_norm import BatchNorms, Moments, Numbers
 from coatnet.fast.kernels import (
     BF16,
     Weight,
@@ -22,40 +22,14 @@ from coatnet.fast.kernels import (
     run_map,
     sum_of_rows,
 )
-from coatnet.fast.operations import run, scratch, together
+from coatnet.fast.operations import recorded, run, scratch
 from coatnet.model.layers import ConvStem
-
-
-class Convolution(NamedTuple):
-    """What a convolution of the stem learns."""
-
-    weight: Tensor
-    bias: Tensor
-
-    @property
-    def rows(self) -> Tensor:
-        """The weight, lines of taps one after the other: (D, 9 C)."""
-        return self.weight.permute(0, 2, 3, 1).flatten(1)
-
-    def of_patches(self, patches: Tensor) -> Tensor:
-        """Convolve what was unfolded: (B, h, w, 9 C or more) -> (B, h, w, D) bf16."""
-        rows = F.pad(self.rows, (0, patches.shape[3] - self.rows.shape[1]))
-        return Weight(rows.T, self.bias).product(patches)
-
-    @property
-    def back(self) -> Tensor:
-        """The weight of the way back: (C, 9 D)."""
-        return self.weight.flip(2, 3).permute(1, 2, 3, 0).flatten(1)
 
 
 def weights_of(stem: ConvStem) -> list[Tensor]:
     """Return what the stem learns: of each convolution and each norm, in turns, weight and bias."""
     layers: list[Any] = [layer for layer in stem if not isinstance(layer, nn.GELU)]
     return [part for layer in layers for part in (layer.weight, layer.bias)]
-
-
-def _convolutions(weights: Sequence[Tensor]) -> list[Convolution]:
-    return [Convolution(*floats(weights[first : first + 2])) for first in range(0, len(weights), 4)]
 
 
 class Stemmed(torch.autograd.Function):
@@ -67,47 +41,99 @@ class Stemmed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, stem: ConvStem, *weights: Tensor) -> Tensor:
-        first, *inner = _convolutions(weights)
-        norms = [batch_norm_of(norm) for norm in list(stem)[1::3]]
-        ctx.moments = []
-        with together():
-            patches = _unfold(images, stem)
-            made = [first.of_patches(patches)]
-            for convolution, norm in zip(inner, norms, strict=True):
-                sums, affine = run_map("MOMENTS", made[-1]), floats([norm.weight, norm.bias])
-                ctx.moments.append(Moments.of(sums, patches[..., 0].numel(), *affine, norm.eps))
-                made.append(_act_and_convolve(made[-1], ctx.moments[-1], convolution))
-        for moments, norm in zip(ctx.moments, norms, strict=True):
-            moments.follow(norm)
-        ctx.save_for_backward(patches, *made[1:-1], *weights)
-        return made[-1].permute(0, 3, 1, 2)
+        norms, images = BatchNorms(*list(stem)[1::3]), native.within_reach(images.detach().float())
+        convolutions, affine = _as_read(weights)
+        stride = cast(nn.Conv2d, stem[0]).stride[0]
+        out, *kept = _stem(images, *convolutions, *affine, *norms.running(), stride=stride, numbers=norms.numbers())
+        norms.count_batch()
+        ctx.save_for_backward(*kept, *weights)
+        return out.permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        num_kept = len(ctx.moments) - 1
-        patches, *saved = ctx.saved_tensors
-        first, *inner = _convolutions(saved[num_kept:])
+        num_weights = len(ctx.needs_input_grad) - 2
+        saved = ctx.saved_tensors
+        kept, weights = saved[:-num_weights], saved[-num_weights:]
         slope = bf16_rows(slope.permute(0, 2, 3, 1))
-        with together():
-            made = [first.of_patches(patches), *saved[:num_kept]]
-            found = [sum_of_rows(slope)]  # from the last to the first
-        for before, moments, convolution in zip(made[::-1], ctx.moments[::-1], inner[::-1], strict=True):
-            with together():
-                slope, weight_slope, sums = _slopes(before, slope, moments, convolution)
-                norm_slope, norm_bias_slope, mix = moments.backward(sums)
-                run_map("MIXED", before, gradient=slope, mix=mix, out=slope)
-            # The bias before a norm has no gradient: BatchNorm takes it away again.
-            found += [weight_slope, norm_bias_slope, norm_slope, torch.zeros(len(norm_slope))]
-        channels, side, _ = first.weight.shape[1:]
-        rows, _ = WeightSlope(slope.shape[3], patches.shape[3]).add(slope, patches).total()
-        taps = rows[:, : side * side * channels].unflatten(1, (side, side, channels))
-        return None, None, taps.permute(0, 3, 1, 2), *found[::-1]
+        (first, first_bias, *_), _ = _as_read(weights)
+        back = [_of_the_way_back(weight) for weight in weights[4::4]]
+        width = first.shape[0]
+        plain = torch.ones(len(slope), width), torch.zeros(len(slope), width)  # as if a squeeze-excite did nothing
+        taps, *slopes = _stem_slope(slope, first, first_bias, *plain, *back, *kept)
+        channels, side, _ = weights[0].shape[1:]
+        taps = taps[:, : side * side * channels].unflatten(1, (side, side, channels)).permute(0, 3, 1, 2)
+        # The bias before a norm has no gradient: BatchNorm takes it away again.
+        return None, None, taps, *(torch.zeros(width) if slope is None else slope for slope in slopes)
 
 
-def _act_and_convolve(x: Tensor, moments: Moments, convolution: Convolution) -> Tensor:
+def _as_read(weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return of all convolutions, in turns, the weight as (D, 9 C) and the bias; and what the norms learn.
+
+    Lines of taps lie one after the other; the first's rows are made even, as patches are.
+    """
+    convolutions, affine = list[Tensor](), list[Tensor]()
+    for first in range(0, len(weights), 4):
+        weight, bias = floats(weights[first : first + 2])
+        rows = weight.permute(0, 2, 3, 1).flatten(1)
+        convolutions += [F.pad(rows, (0, rows.shape[1] % 2)), bias]
+        affine += floats(weights[first + 2 : first + 4])
+    return convolutions, affine
+
+
+def _of_the_way_back(weight: Tensor) -> Tensor:
+    """Return a convolution's weight for the way back: (C, 9 D)."""
+    return weight.detach().float().flip(2, 3).permute(1, 2, 3, 0).flatten(1)
+
+
+@recorded
+def _stem(images: Tensor, *inputs: Tensor, stride: int, numbers: tuple[Numbers, ...]) -> tuple[Tensor, ...]:
+    """Return the map, the patches, the maps between but for the first, and what each norm found.
+
+    `inputs` are of the convolutions weights and biases, of the norms the same, and their running statistics.
+    """
+    num_norms = len(numbers)
+    convolutions, norms = pairs(inputs[: 2 * num_norms + 2]), pairs(inputs[2 * num_norms + 2 :])
+    patches = _unfold(images, stride)
+    made, found = [Weight(convolutions[0][0].T, convolutions[0][1]).product(patches)], list[Tensor]()
+    for number, (weight, bias) in enumerate(convolutions[1:]):
+        sums, affine, running = run_map("MOMENTS", made[-1]), norms[number], norms[num_norms + number]
+        moments = Moments.of(sums, patches[..., 0].numel(), affine, running, numbers[number])
+        made.append(_act_and_convolve(made[-1], moments, Weight(weight.T, bias)))
+        found.append(moments.found)
+    return made[-1], patches, *made[1:-1], *found
+
+
+@recorded
+def _stem_slope(
+    slope: Tensor, first: Tensor, first_bias: Tensor, ones: Tensor, zeros: Tensor, *inputs: Tensor
+) -> tuple[Any, ...]:
+    """Return the gradients of the first convolution's weight, as rows, and of all that follows; None for no gradient.
+
+    `inputs` are the inner convolutions' weights for the way back and what `_stem` kept.
+    """
+    num_norms = len(inputs) // 3  # as many weights, patches and maps between, and moments
+    back, patches, maps, found = (
+        inputs[:num_norms], inputs[num_norms], inputs[num_norms + 1 : 2 * num_norms], inputs[2 * num_norms :],
+    )  # fmt: skip
+    made = [Weight(first.T, first_bias).product(patches), *maps]
+    slopes: list[Tensor | None] = [sum_of_rows(slope)]  # from the last to the first
+    for before, moments, weight in zip(made[::-1], found[::-1], back[::-1], strict=True):
+        of = Moments(moments, before[..., 0].numel())
+        slope, taps_slope, sums = _slopes(before, slope, of, Weight(weight.T), ones, zeros)
+        scale_slope, shift_slope, mix = of.backward(sums)
+        run_map("MIXED", before, gradient=slope, mix=mix, out=slope)
+        slopes += [taps_slope, shift_slope, scale_slope, None]
+    return WeightSlope(slope.shape[3], patches.shape[3]).add(slope, patches).total()[0], *slopes[::-1]
+
+
+def pairs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _act_and_convolve(x: Tensor, moments: Moments, weight: Weight) -> Tensor:
     """Norm, GELU, convolve by 3x3 taps: (B, H, W, C) -> (B, H, W, D)."""
-    weight, out = Weight(convolution.rows.T, convolution.bias), x.new_empty(*x.shape[:3], len(convolution.bias))
+    out = torch.empty(*x.shape[:3], weight.width, dtype=torch.bfloat16)
     padded = _bordered("acted", x[next(groups(x))])
     for group in groups(x):
         inner = padded[: len(x[group])]
@@ -116,16 +142,16 @@ def _act_and_convolve(x: Tensor, moments: Moments, convolution: Convolution) -> 
     return out
 
 
-def _slopes(x: Tensor, slope: Tensor, moments: Moments, convolution: Convolution) -> tuple[Tensor, Tensor, Tensor]:
+def _slopes(
+    x: Tensor, slope: Tensor, moments: Moments, weight: Weight, ones: Tensor, zeros: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Go back through `_act_and_convolve`: the gradients of what GELU took and of the weight, and the former's sums.
 
-    The first lies in scratch, and so may `slope`.
+    The first lies in scratch, and so may `slope`. `weight` is that of the way back.
     """
-    weight, (B, H, _, width) = Weight(convolution.back.T), x.shape
-    padded, acted = _bordered("slope", slope), _bordered("acted", x)
-    padded[:, 1:-1, 1:-1] = slope
-    sums, ones, zeros = torch.empty(B, H, 2, width), torch.ones(B, width), torch.zeros(B, width)
-    acted_slope = scratch("expanded slope", x.shape)
+    B, H, _, width = x.shape
+    padded, acted = _bordered("slope", slope, slope), _bordered("acted", x)
+    sums, acted_slope = torch.empty(B, H, 2, width), scratch("expanded slope", x.shape)
     for group in groups(x):
         _convolve(padded[group], weight, acted_slope[group])
         run_map(
@@ -135,12 +161,10 @@ def _slopes(x: Tensor, slope: Tensor, moments: Moments, convolution: Convolution
     return acted_slope, _taps_slope(padded, acted), sums
 
 
-def _unfold(images: Tensor, stem: ConvStem) -> Tensor:
+def _unfold(images: Tensor, stride: int) -> Tensor:
     """Return the 3x3 patches of images (B, C, H, W) that the stem starts with: (B, h, w, 9 C, made even) bf16."""
-    images = native.within_reach(images.detach().float())
-    stride = cast(nn.Conv2d, stem[0]).stride[0]
     B, C, H, W = images.shape
-    patches = images.new_empty(B, -(-H // stride), -(-W // stride), 9 * C + C % 2, dtype=torch.bfloat16)
+    patches = torch.empty(B, -(-H // stride), -(-W // stride), 9 * C + C % 2, dtype=torch.bfloat16)
     image, channel, line, cell = (4 * step for step in images.stride())
     run(
         "UNFOLD", out_type=BF16, images=B, lines=patches.shape[1], cells=patches.shape[2], depth=C,
@@ -150,12 +174,11 @@ def _unfold(images: Tensor, stem: ConvStem) -> Tensor:
     return patches
 
 
-def _bordered(name: str, like: Tensor) -> Tensor:
-    """Return scratch for maps (B, H + 2, W + 2, C) with a border of zeros."""
+def _bordered(name: str, like: Tensor, source: Tensor | None = None) -> Tensor:
+    """Return scratch for maps (B, H + 2, W + 2, C) with a border of zeros, and `source` in it, where that is given."""
     B, H, W, C = like.shape
     made = scratch(name, (B, H + 2, W + 2, C))
-    for edge in (made[:, 0], made[:, -1], made[:, :, 0], made[:, :, -1]):
-        edge.zero_()
+    run("BORDERED", images=B, lines=H, cells=W, width=C, source=0 if source is None else source, out=made)
     return made
 
 

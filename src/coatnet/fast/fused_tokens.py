@@ -10,7 +10,18 @@ from torch.autograd.function import once_differentiable
 
 from coatnet import native
 from coatnet.fast.fused_shortcut import Projection, pools, shorten, shorten_slope
-from coatnet.fast.kernels import BF16, Weight, WeightSlope, bf16_rows, floats, norm_rows, norm_slope, pool, pool_slope
+from coatnet.fast.kernels import (
+    BF16,
+    Weight,
+    WeightSlope,
+    bf16_rows,
+    floats,
+    norm_rows,
+    norm_slope,
+    pool,
+    pool_slope,
+    scaled,
+)
 from coatnet.fast.operations import Fields, recorded, run, scratch
 from coatnet.model.attention import Attention, FeedForward, Transformer
 
@@ -23,72 +34,96 @@ def weights_of_ffn(ffn: FeedForward) -> tuple[Tensor, ...]:
     return tuple(part for layer in layers for part in (layer.weight, layer.bias))
 
 
-class Attended(torch.autograd.Function):
-    """Proj(Pool(x)) + Attention(Pool(Norm(x))), Eq. 4: (B, C, H, W) -> (B, D, h, w) bf16.
+def weights_of_attention(block: Transformer) -> tuple[Tensor | None, ...]:
+    """Return what the first half of a block learns: of the norm and both layers weight and bias, and the projection."""
+    layers: list[Any] = [block.attention_norm, block.attention.qkv, block.attention.project]
+    return (*(part for layer in layers for part in (layer.weight, layer.bias)), *Projection.of(block.shortcut))
 
-    The branch of each image is scaled by (B, 1, 1, 1), where that is given. No attention weights are kept.
+
+NUM_WEIGHTS = 8  # of the first half
+
+
+class Transformed(torch.autograd.Function):
+    """A block, Eq. 4: y = Proj(Pool(x)) + Attention(Pool(Norm(x))), y + FFN(Norm(y)).
+
+    (B, C, H, W) -> (B, D, h, w) bf16. The branches of each image are scaled by (B,) fp32 each, where that is given.
+    Neither attention weights are kept nor what GELU gives.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, block: Transformer, scale_B: Tensor | None, bias: Tensor | None, *weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        block: Transformer,
+        scale_B: Tensor | None,
+        ffn_scale_B: Tensor | None,
+        bias: Tensor | None,
+        *weights: Tensor,
     ) -> Tensor:
         assert isinstance(block.attention, Attention)
         ctx.options = {"heads": block.attention.num_heads, "pooled": pools(block.shortcut)}
         ctx.in_dtype = x.dtype
         x_rows = bf16_rows(x.permute(0, 2, 3, 1))
-        bias = None if bias is None else bias.contiguous()
-        out, past, *kept = _attend(x_rows, bias, *floats(weights), scaled=scale_B is not None, **ctx.options)
-        if scale_B is not None:
-            out = past + out * scale_B
-        ctx.save_for_backward(scale_B, bias, x_rows, *kept, *weights)
+        known = (scale_B, ffn_scale_B, None if bias is None else bias.contiguous())
+        out, *kept = _transform(*known, x_rows, *floats(weights), **ctx.options)
+        ctx.save_for_backward(*known, x_rows, *kept, *weights)
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        scale_B, bias, x_rows, source, queries, mixed, *weights = ctx.saved_tensors
+        num_weights = len(ctx.needs_input_grad) - 5
+        saved = ctx.saved_tensors
+        kept, weights = saved[:-num_weights], saved[-num_weights:]
         slope = bf16_rows(slope.permute(0, 2, 3, 1))
-        scaled = None if scale_B is None else slope * scale_B
-        x_slope, bias_slope, *slopes = _attend_slope(
-            slope, scaled, bias, x_rows, source, queries, mixed, *floats(weights), **ctx.options
-        )
-        return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, bias_slope, *slopes
+        x_slope, *slopes = _transform_slope(slope, *kept, *floats(weights), **ctx.options)
+        return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, None, *slopes
 
 
 @recorded
-def _attend(
-    x: Tensor, bias: Tensor | None, *weights: Tensor, heads: int, pooled: bool, scaled: bool
+def _transform(
+    scale_B: Tensor | None,
+    ffn_scale_B: Tensor | None,
+    bias: Tensor | None,
+    x: Tensor,
+    *weights: Tensor,
+    heads: int,
+    pooled: bool,
 ) -> tuple[Tensor, ...]:
-    """Return the output, or apart what attention gives and what goes past it; and what the way back needs."""
-    norm, norm_bias, qkv, qkv_bias, project, project_bias, *projection = weights
+    """Return the output and what the way back needs: of attention three maps, of the FFN as many."""
+    norm, norm_bias, qkv, qkv_bias, project, project_bias, *projection = weights[:NUM_WEIGHTS]
     source = norm_rows(x, norm, norm_bias)
     source = pool(source) if pooled else source
     queries = Weight(qkv.T, qkv_bias).product(source)
     mixed = torch.empty(*source.shape[:3], len(qkv) // 3, dtype=torch.bfloat16)
     run("ATTENTION", source=queries, out=mixed, **_attention(mixed, bias, heads))
-    past = shorten(x, Projection(*projection), pooled=pooled)
-    out = Weight(project.T, project_bias).product(mixed, residual=None if scaled else past)
-    return out, past if scaled else None, source, queries, mixed
+    y = _joined(Weight(project.T, project_bias), mixed, shorten(x, Projection(*projection), pooled=pooled), scale_B)
+    out, ffn_source, hidden = _feed(y, ffn_scale_B, *weights[NUM_WEIGHTS:])
+    return out, source, queries, mixed, y, ffn_source, hidden
 
 
 @recorded
-def _attend_slope(
-    whole_slope: Tensor,
-    scaled: Tensor | None,
+def _transform_slope(
+    slope: Tensor,
+    scale_B: Tensor | None,
+    ffn_scale_B: Tensor | None,
     bias: Tensor | None,
     x: Tensor,
     source: Tensor,
     queries: Tensor,
     mixed: Tensor,
+    y: Tensor,
+    ffn_source: Tensor,
+    hidden: Tensor,
     *weights: Tensor,
     heads: int,
     pooled: bool,
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, of the biases and of the weights. `scaled` is the branch's, where it is another."""
-    norm, norm_bias, qkv, _, project, _, *projection = weights
-    slope = whole_slope if scaled is None else scaled
-    past, projection_slopes = shorten_slope(x, whole_slope, Projection(*projection), pooled=pooled)
+) -> tuple[Any, ...]:
+    """Return the gradients of x, of the biases and of the weights."""
+    norm, norm_bias, qkv, _, project, _, *projection = weights[:NUM_WEIGHTS]
+    slope, *ffn_slopes = _feed_slope(slope, ffn_scale_B, y, ffn_source, hidden, *weights[NUM_WEIGHTS:])
+    past, projection_slopes = shorten_slope(x, slope, Projection(*projection), pooled=pooled)
+    slope = slope if scale_B is None else scaled(slope, scale_B)
     project_slopes = WeightSlope(*project.shape).add(slope, mixed).total()
     mixed_slope, queries_slope = Weight(project).product(slope), torch.empty_like(queries)
     bias_slope = None if bias is None else torch.empty_like(bias)
@@ -103,7 +138,7 @@ def _attend_slope(
         normed_slope = pool_slope(normed, normed_slope, torch.empty_like(x))
         past = pool_slope(x, past, torch.empty_like(x))
     x_slope, norm_slopes = norm_slope(x, normed_slope, norm, past)
-    return x_slope, bias_slope, *norm_slopes, *qkv_slopes, *project_slopes, *projection_slopes
+    return x_slope, bias_slope, *norm_slopes, *qkv_slopes, *project_slopes, *projection_slopes, *ffn_slopes
 
 
 def _attention(mixed: Tensor, bias: Tensor | None, heads: int) -> dict[str, Fields]:
@@ -116,68 +151,53 @@ def _attention(mixed: Tensor, bias: Tensor | None, heads: int) -> dict[str, Fiel
     }  # fmt: skip
 
 
-class Fed(torch.autograd.Function):
-    """The FFN: (B, H, W, C) -> the same, bf16. Of the hidden map what comes before GELU is kept.
+def _joined(weight: Weight, branch: Tensor, past: Tensor | None, scale_B: Tensor | None) -> Tensor:
+    """Return the product of a branch, scaled where that is given, plus what goes past it."""
+    if scale_B is None:
+        return weight.product(branch, residual=past)
+    return scaled(weight.product(branch), scale_B, past)
 
-    With a norm's weight and bias, x + FFN(Norm(x)); the branch of each image is scaled by (B, 1, 1, 1), where given.
+
+class Fed(torch.autograd.Function):
+    """The FFN: (B, H, W, C) -> the same, bf16; with a norm's weight and bias, x + FFN(Norm(x)).
+
+    The branch of each image is scaled by (B,) fp32, where that is given.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale_B: Tensor | None, norm: Tensor | None, norm_bias: Tensor | None, *weights: Tensor
     ) -> Tensor:
-        x_rows = bf16_rows(x)
-        out, source, hidden = _feed(x_rows, *floats([norm, norm_bias, *weights]), scaled=scale_B is not None)
-        if scale_B is not None:
-            out = x_rows + out * scale_B
-        ctx.save_for_backward(scale_B, x_rows, source, hidden, norm, *weights)
+        x_rows, learned = bf16_rows(x), (norm, norm_bias, *weights)
+        out, *kept = _recorded_feed(x_rows, scale_B, *floats(learned))
+        ctx.save_for_backward(scale_B, x_rows, *kept, *learned)
         ctx.in_dtype = x.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        scale_B, x_rows, source, hidden, norm, weight1, _, weight2, _ = ctx.saved_tensors
-        slope = bf16_rows(slope)
-        scaled = None if scale_B is None else slope * scale_B
-        x_slope, *slopes = _feed_slope(slope, scaled, x_rows, source, hidden, *floats([norm, weight1, weight2]))
+        scale_B, x_rows, source, hidden, *weights = ctx.saved_tensors
+        x_slope, *slopes = _recorded_feed_slope(bf16_rows(slope), scale_B, x_rows, source, hidden, *floats(weights))
         return x_slope.to(ctx.in_dtype), None, *slopes
 
 
-@recorded
-def _feed(
-    x: Tensor,
-    norm: Tensor | None,
-    norm_bias: Tensor | None,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    *,
-    scaled: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, or the branch by itself where that is `scaled`; what the FFN took; what GELU took."""
-    source = x if norm is None or norm_bias is None else norm_rows(x, norm, norm_bias)
+def _feed(x: Tensor, scale_B: Tensor | None, *weights: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, what the FFN took, and what GELU took."""
+    norm, norm_bias, weight1, bias1, weight2, bias2 = weights
+    source = x if norm is None else norm_rows(x, norm, norm_bias)
     hidden = torch.empty(*x.shape[:-1], len(weight1), dtype=torch.bfloat16)
     acted = scratch("group", hidden.shape)
     Weight(weight1.T, bias1).product(source, out=acted, act="GELU_KEPT", beside=hidden)
-    out = Weight(weight2.T, bias2).product(acted, residual=None if norm is None or scaled else x)
-    return out, source, hidden
+    return _joined(Weight(weight2.T, bias2), acted, None if norm is None else x, scale_B), source, hidden
 
 
-@recorded
 def _feed_slope(
-    whole_slope: Tensor,
-    scaled: Tensor | None,
-    x: Tensor,
-    source: Tensor,
-    hidden: Tensor,
-    norm: Tensor | None,
-    weight1: Tensor,
-    weight2: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x and of the weights. `scaled` is the branch's, where it is another."""
-    slope = whole_slope if scaled is None else scaled
+    whole_slope: Tensor, scale_B: Tensor | None, x: Tensor, source: Tensor, hidden: Tensor, *weights: Any
+) -> tuple[Any, ...]:
+    """Return the gradients of x and of the weights."""
+    norm, _, weight1, _, weight2, _ = weights
+    slope = whole_slope if scale_B is None else scaled(whole_slope, scale_B)
     hidden_slope, acted = scratch("slope", hidden.shape), scratch("group", hidden.shape)
     Weight(weight2).product(slope, out=hidden_slope, residual=hidden, act="GELU_SLOPE", beside=acted)
     second = WeightSlope(*weight2.shape).add(slope, acted).total()
@@ -186,3 +206,6 @@ def _feed_slope(
     if norm is not None:
         x_slope, norm_slopes = norm_slope(x, x_slope, norm, whole_slope)
     return x_slope, *norm_slopes, *first, *second
+
+
+_recorded_feed, _recorded_feed_slope = recorded(_feed), recorded(_feed_slope)

@@ -19,6 +19,7 @@ BY_STRIP = ("ACTED_DEPTHWISE", "DEPTHWISE_SLOPE")
 SMALL_MAP = 256  # pixels
 SMALL_WEIGHT_BYTES = 3 << 18  # of a gradient that stays in the second cache
 
+
 def num_parts(kind: str, lines: int, cells: int) -> int:
     """Return in how many parts a kernel sums over a map of this size."""
     if kind in BY_STRIP:
@@ -223,3 +224,11 @@ def pool_slope(x: Tensor, slope: Tensor, out: Tensor) -> Tensor:
 def sum_of_rows(slope: Tensor) -> Tensor:
     """Return the gradient of a bias: (B, ..., N) bf16 -> (N,) float32."""
     return total(run_map("MOMENTS", slope.reshape(len(slope), 1, -1, slope.shape[-1])).flatten(0, 1))[0]
+
+
+def scaled(x: Tensor, scale_B: Tensor, past: Tensor | None = None) -> Tensor:
+    """Multiply each image of a map (B, H, W, C) bf16 by its own number, fp32, and add `past`, where given."""
+    (B, H, W, C), out = x.shape, torch.empty_like(x)
+    residual = 0 if past is None else past
+    run("BRANCH", images=B, lines=H, cells=W, width=C, source=x, gates=scale_B, residual=residual, out=out)
+    return out

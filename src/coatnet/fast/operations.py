@@ -1,5 +1,7 @@
-"""How operations reach the kernels: at once, gathered, or recorded. To write an operation down takes Python as long as a
-small one takes to be carried out, so what happens in every update is written down once.
+"""How operations reach the kernels: at once, gathered, or recorded.
+
+To write an operation down takes Python as long as a small one takes to be carried out, so what happens in every update
+is written down once.
 """
 
 from __future__ import annotations
@@ -147,8 +149,8 @@ class _Recorder(TorchDispatchMode):
 class _Recording:
     """Operations as a table of numbers, and which of these are addresses.
 
-    An address is a base and an offset. Bases are those of inputs, of what is made and returned, and of the arena, in which
-    all else lies.
+    An address is a base and an offset. Bases are those of inputs, of what is made and returned, and of the arena, in
+    which all else lies.
     """
 
     def __init__(self, gathered: Gathered, inputs: Tensors, recorder: _Recorder, returned: Tensors) -> None:
@@ -159,7 +161,7 @@ class _Recording:
         starts, self.arena_bytes = _lay_out(recorder, bases)
         self.returned = [None if x is None else (bases[_storage(x)], x) for x in returned]
         ops = (native.Op * len(gathered))(*(op for op, _ in gathered))
-        self.table = np.frombuffer(ops, np.int64).copy()
+        self.table = np.frombuffer(bytes(ops), np.int64).copy()
         places = {
             row * len(COLUMNS) + COLUMNS[name]: _storage(x)
             for row, (_, fields) in enumerate(gathered)
@@ -179,7 +181,7 @@ class _Recording:
         addresses.append(-(-_OURS.arena.data_ptr() // CACHE_LINE) * CACHE_LINE)
         table = self.table.copy()
         table[self.places] += np.array(addresses, np.int64)[self.bases]
-        native.run((native.Op * (len(table) // len(COLUMNS))).from_buffer(table), torch.get_num_threads())
+        native.run((native.Op * (len(table) // len(COLUMNS))).from_buffer(table.data), torch.get_num_threads())
         return tuple(None if x is None else _view(known[x[0]], x[1]) for x in self.returned)
 
 
@@ -196,7 +198,7 @@ def _lay_out(recorder: _Recorder, apart: Container[int]) -> tuple[dict[int, int]
 
 
 def _storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata
+    return x.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]  (it has no other name)
 
 
 def _view(known: Tensor | None, like: Tensor) -> Tensor:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from coatnet import native
 from coatnet.fast.flex_attention import use_flex_attention
 from coatnet.fast.fused_mbconv import Inverted, Weights
-from coatnet.fast.fused_shortcut import Projection
 from coatnet.fast.fused_stem import Stemmed, weights_of
-from coatnet.fast.fused_tokens import HEAD_DIM, Attended, Fed, weights_of_ffn
+from coatnet.fast.fused_tokens import HEAD_DIM, Fed, Transformed, weights_of_attention, weights_of_ffn
 from coatnet.fast.packing import bias_by_offset
 from coatnet.model.attention import Attention, FeedForward, Transformer
 from coatnet.model.layers import ConvStem, Pool, StochasticDepth
@@ -120,22 +119,16 @@ class _FusedTransformer(Transformer):
     def forward(self, x: Tensor, draws_B2: Tensor | None = None) -> Tensor:
         if not _is_wanted(x):
             return super().forward(x, draws_B2)
-        x = self._attended(x, draws_B2).permute(0, 2, 3, 1)
-        norm = self.ffn_norm
-        fed = Fed.apply(x, _scale(self.drop, draws_B2, 1), norm.weight, norm.bias, *weights_of_ffn(self.ffn))
-        return fed.permute(0, 3, 1, 2)
-
-    def _attended(self, x: Tensor, draws_B2: Tensor | None) -> Tensor:
-        attention, norm = self.attention, self.attention_norm
-        if not _fits_attention(attention):
-            return self.attend(x, None if draws_B2 is None else draws_B2[:, 0])
-        strides = isinstance(self.pool, Pool)
+        norm, ffn_scale_B = self.ffn_norm, _scale(self.drop, draws_B2, 1)
+        ffn = (norm.weight, norm.bias, *weights_of_ffn(self.ffn))
+        if not _fits_attention(self.attention):
+            x = self.attend(x, None if draws_B2 is None else draws_B2[:, 0]).permute(0, 2, 3, 1)
+            return Fed.apply(x, ffn_scale_B, *ffn).permute(0, 3, 1, 2)
+        strides, table = isinstance(self.pool, Pool), self.attention.weigh.bias
         grid = (-(-x.shape[2] // 2), -(-x.shape[3] // 2)) if strides else (x.shape[2], x.shape[3])
-        bias = None if attention.weigh.bias is None else bias_by_offset(attention.weigh.bias.table, grid)
-        layers = (attention.qkv, attention.project)
-        weights = [part for layer in layers for part in (layer.weight, layer.bias)]
+        bias = None if table is None else bias_by_offset(table.table, grid)
         scale_B = _scale(self.drop, draws_B2, 0)
-        return Attended.apply(x, self, scale_B, bias, norm.weight, norm.bias, *weights, *Projection.of(self.shortcut))
+        return Transformed.apply(x, self, scale_B, ffn_scale_B, bias, *weights_of_attention(self), *ffn)
 
 
 class _FusedFeedForward(FeedForward):
@@ -148,9 +141,8 @@ class _FusedFeedForward(FeedForward):
 
 
 def _scale(drop: StochasticDepth, draws: Tensor | None, branch: int) -> Tensor | None:
-    """Return what each image's branch is multiplied with, (B, 1, 1, 1) bf16; None where nothing is dropped."""
-    scale_B = drop.scale(None if draws is None else draws[:, branch], torch.bfloat16)
-    return None if scale_B is None else scale_B[:, None, None, None]
+    """Return what each image's branch is multiplied with, (B,) fp32; None where nothing is dropped."""
+    return drop.scale(None if draws is None else draws[:, branch], torch.float32)
 
 
 # (the readable class, the fused one, for which of them)

@@ -235,3 +235,34 @@ void tanh_map(const Op& op, int64_t thread, int64_t threads) {
             store<TYPE>(op.out + at, _mm512_sub_ps(one, _mm512_div_ps(two, _mm512_add_ps(e, one))), mask);
         }
 }
+
+// BRANCH: out = source times the image's gate, plus `residual`, where that is given. bf16.
+inline void branch(const Op& op, int64_t thread, int64_t threads) {
+    const Share share(op.images * op.lines, thread, threads);
+    for (int64_t unit = share.first; unit < share.last; unit++) {
+        const __m512 gate = _mm512_set1_ps(op.gates[unit / op.lines]);
+        const int64_t start = 2 * unit * op.cells * op.width;
+        by_vector(op.cells * op.width, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
+            const __m512 value = _mm512_mul_ps(load<BF16>(op.source + start + 2 * c, mask), gate);
+            const __m512 past = op.residual ? load<BF16>(op.residual + start + 2 * c, mask) : _mm512_setzero_ps();
+            store<BF16>(op.out + start + 2 * c, _mm512_add_ps(value, past), mask);
+        });
+    }
+}
+
+// BORDERED: out (images, lines + 2, cells + 2, width) = a border of zeros, and within it `source`, where that is given. bf16.
+inline void bordered(const Op& op, int64_t thread, int64_t threads) {
+    const int64_t pixel = 2 * op.width, line = op.cells * pixel, out_line = line + 2 * pixel;
+    const Share share(op.images * (op.lines + 2), thread, threads);
+    for (int64_t unit = share.first; unit < share.last; unit++) {
+        char* const out = op.out + unit * out_line;
+        const int64_t image = unit / (op.lines + 2), y = unit % (op.lines + 2) - 1;
+        if (y < 0 || y >= op.lines) {
+            memset(out, 0, out_line);
+            continue;
+        }
+        memset(out, 0, pixel);
+        if (op.source) memcpy(out + pixel, op.source + (image * op.lines + y) * line, line);
+        memset(out + pixel + line, 0, pixel);
+    }
+}

@@ -102,6 +102,10 @@ void carry_out(const Op& op, int64_t thread, int64_t threads) {
             return layer_slope(op, thread, threads);
         case EXCITE_SLOPE:
             return excite_slope(op, thread, threads);
+        case BRANCH:
+            return branch(op, thread, threads);
+        case BORDERED:
+            return bordered(op, thread, threads);
     }
 }
 

@@ -32,10 +32,10 @@ inline void total(const Op& op, int64_t thread, int64_t threads) {
 }
 
 // What BATCH_NORM finds, each by channel.
-enum Found { FACTOR, SHIFT, MEAN_OF_ALL, INVERSE, VARIANCE };
+enum Found { FACTOR, SHIFT, MEAN_OF_ALL, INVERSE };
 
-// BATCH_NORM: `images` rows of sums of a map and of its square, (2, width), over `cells` pixels in all -> out (5, width).
-// `scale` and `bias` are its affine part.
+// BATCH_NORM: `images` rows of sums of a map and of its square, (2, width), over `cells` pixels in all -> out (4, width).
+// `scale` and `bias` are its affine part; its running statistics are moved on, the variance as of a sample.
 inline void batch_norm(const Op& op, int64_t thread, int64_t threads) {
     const int64_t C = op.width;
     const Columns own(C, thread, threads);
@@ -50,7 +50,9 @@ inline void batch_norm(const Op& op, int64_t thread, int64_t threads) {
         out[SHIFT * C + c] = op.bias[c] - float(mean) * factor;
         out[MEAN_OF_ALL * C + c] = mean;
         out[INVERSE * C + c] = inverse;
-        out[VARIANCE * C + c] = variance;
+        const double of_sample = variance * op.cells / std::max<int64_t>(1, op.cells - 1);
+        op.running_mean[c] += op.momentum * (mean - op.running_mean[c]);
+        op.running_variance[c] += op.momentum * (of_sample - op.running_variance[c]);
     }
 }
 

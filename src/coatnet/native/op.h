@@ -7,7 +7,7 @@ enum Kind : int64_t {
     UNFOLD, PRODUCT, DEPTHWISE, GATE, SCALE, GATED, POOL, NORM, ATTENTION, CONVERT, MEAN, TANH,
     MOMENTS, ACTED_DEPTHWISE, ACTED, GATE_SLOPE, ACTED_SLOPE, DEPTHWISE_SLOPE, MIXED, ATTENTION_SLOPE,
     WEIGHT_SLOPE, PACK, TOTAL, BATCH_NORM, BATCH_NORM_SLOPE, NORMED, NORMED_SUMS, SPREAD, POOL_SLOPE, LAYER_SLOPE,
-    EXCITE_SLOPE
+    EXCITE_SLOPE, BRANCH, BORDERED
 };
 enum Type : int64_t { FP32, BF16, UINT8 };
 enum Act : int64_t { LINEAR, GELU, GELU_KEPT, GELU_SLOPE };
@@ -38,7 +38,8 @@ struct Op {
     // Training (training.h): a map and its gradient; BatchNorm as a factor and a shift by channel; what gradients mix.
     char *gradient;
     const float *factor, *shift, *gates, *mean_slopes, *mix;
-    double eps;                             // BATCH_NORM
+    float *running_mean, *running_variance; // BATCH_NORM: what inference norms by, moved on by `momentum`
+    double eps, momentum;
     float *weight_sums;
     char *beside;                           // PRODUCT: a second map that lies as the output does (GELU_KEPT, GELU_SLOPE)
     int64_t adds;                           // WEIGHT_SLOPE: 1 where it adds to what `out` holds
