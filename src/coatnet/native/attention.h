@@ -44,29 +44,35 @@ inline void pack_keys(const char* keys, int64_t stride, int64_t tokens, int64_t 
     for (int64_t t = 0; t < (tokens + 31) / 32 * 32; t += 16)
         for (int64_t k = 0; k < words; k += 16) {
             __m512i rows[16];
+            const __mmask16 mask = tail(words - k);
+#pragma GCC unroll 16
             for (int r = 0; r < 16; r++)
-                rows[r] = _mm512_maskz_loadu_epi32(t + r < tokens ? tail(words - k) : 0, keys + (t + r) * stride + 4 * k);
+                rows[r] = _mm512_maskz_loadu_epi32(t + r < tokens ? mask : 0, keys + (t + r) * stride + 4 * k);
             transpose(rows);
             int* to = out + t / 32 * words * 32 + k * 32 + t % 32;
-            for (int r = 0; r < std::min<int64_t>(16, words - k); r++) _mm512_storeu_si512(to + r * 32, rows[r]);
+#pragma GCC unroll 16
+            for (int r = 0; r < 16; r++)
+                if (r < words - k) _mm512_storeu_si512(to + r * 32, rows[r]);
         }
 }
 
 // Pack `channels` of the values of one head, 32 at most, as weights: a step is 1 token in fp32, 2 in bf16.
 template <int TYPE>
 void pack_values(const char* values, int64_t stride, int64_t tokens, int64_t padded, int64_t channels, char* out) {
-    for (int64_t t = 0; t < padded; t += 4 / bytes(TYPE), out += 128)
-        for (int64_t half = 0; half < 2; half++) {
-            auto row = [&](int64_t token) {
-                const __mmask16 mask = token < tokens ? tail(channels - half * 16) : 0;
-                return load<TYPE>(values + token * stride + half * 16 * bytes(TYPE), mask);
-            };
-            if constexpr (TYPE == FP32) _mm512_storeu_ps(out + half * 64, row(t));
-            if constexpr (TYPE == BF16)
-                _mm512_storeu_si512(out + half * 64,
-                                    _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(row(t)), 16),
-                                                    _mm512_castps_si512(row(t + 1))));
+    if constexpr (TYPE == BF16) {
+        const __mmask32 mask = channels >= 32 ? ~0u : (1u << channels) - 1;
+        auto row = [&](int64_t t) { return _mm512_maskz_loadu_epi16(t < tokens ? mask : 0, values + t * stride); };
+        for (int64_t t = 0; t < padded; t += 2, out += 128) {
+            const __m512i even = row(t), odd = row(t + 1);
+            _mm512_storeu_si512(out, zip<0>(even, odd));
+            _mm512_storeu_si512(out + 64, zip<16>(even, odd));
         }
+    } else {
+        for (int64_t t = 0; t < padded; t++, out += 128)
+            for (int64_t half = 0; half < 2; half++)
+                _mm512_storeu_ps(out + half * 64, load<FP32>(values + t * stride + half * 64,
+                                                             t < tokens ? tail(channels - half * 16) : 0));
+    }
 }
 
 // The logits of R queries for a panel of keys, V vectors of which are tokens; `largest` takes part in them.
@@ -80,13 +86,15 @@ INLINE void match(const Op& op, const char* queries, int64_t stride, const char*
 #pragma GCC unroll 2
     for (int half = 0; half < V; half++) {
         const int64_t first = token + half * 16;
+        const std::vector<Run>& runs = biases.runs[first / 16];
+        const Run run = op.relative == PRE ? runs[0] : Run{0, 0};
 #pragma GCC unroll 14
-        for (int r = 0; r < R; r++) sums[r][half] = _mm512_mul_ps(sums[r][half], factor);
-        if (op.relative == PRE)
-            for (const Run& run : biases.runs[first / 16])
+        for (int r = 0; r < R; r++)
+            sums[r][half] = _mm512_fmadd_ps(sums[r][half], factor, _mm512_maskz_loadu_ps(run.keys, places[r] + run.at));
+        for (size_t i = 1; op.relative == PRE && i < runs.size(); i++)
 #pragma GCC unroll 14
-                for (int r = 0; r < R; r++)
-                    sums[r][half] = _mm512_add_ps(sums[r][half], _mm512_maskz_loadu_ps(run.keys, places[r] + run.at));
+            for (int r = 0; r < R; r++)
+                sums[r][half] = _mm512_add_ps(sums[r][half], _mm512_maskz_loadu_ps(runs[i].keys, places[r] + runs[i].at));
         const __mmask16 mask = tail(op.lines * op.cells - first);
 #pragma GCC unroll 14
         for (int r = 0; r < R; r++) {
@@ -176,12 +184,18 @@ void attention(const Op& op, int64_t thread, int64_t threads) {
     for (int64_t unit = share.first; unit < share.last; unit++) {
         const int64_t head = unit / op.images, image = unit % op.images, channel = head * op.head_dim;
         const char* q = op.source + image * tokens * stride + channel * size;
+        const int64_t next = std::min(unit + 1, share.last - 1);
+        const char* next_q = op.source + next % op.images * tokens * stride + next / op.images * op.head_dim * size;
         pack_keys(q + op.width * size, stride, tokens, op.head_dim * size / 4, (int*)keys);
         for (int64_t d = 0; d < op.head_dim; d += 32)
             pack_values<TYPE>(q + (2 * op.width + d) * size, stride, tokens, padded, op.head_dim - d,
                               values + d * padded * size);
         for (int64_t t = 0, rows; t < tokens; t += rows) {
             auto go = [&]<int R>() {
+                // The next head's, too far from one another for the processor to foresee.
+                for (int64_t part = 0; part < 3 * R; part++)
+                    for (int64_t at = 0; at < op.head_dim * size; at += 64)
+                        _mm_prefetch(next_q + (3 * t + part) * op.width * size + at, _MM_HINT_T1);
                 attend<TYPE, R>(op, q + t * stride, stride, keys, values, biases,
                                 op.bias + head * biases.size(), t, logits, weights,
                                 op.out + (image * tokens + t) * op.width * bytes(op.out_type), channel);

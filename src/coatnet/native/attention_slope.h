@@ -14,6 +14,7 @@ struct HeadSlope {
     float* summed;                                                             // of all images, (query, key)
     char* rows;
     Biases biases;
+    std::vector<int64_t> places;  // of queries in a table of biases
 
     HeadSlope(int64_t lines, int64_t cells)
         : tokens(lines * cells), padded((tokens + 31) / 32 * 32), keys(kept<struct SlopeKeys>(padded * 64)),
@@ -25,11 +26,13 @@ struct HeadSlope {
           logits(kept<struct SlopeLogits, float>(ROWS * padded)),
           weight_slopes(kept<struct WeightSlopes, float>(ROWS * padded)),
           summed(kept<struct Summed, float>(tokens * padded)), rows(kept<struct SlopeRows>(ROWS * padded * 2)),
-          biases(lines, cells) {}
+          biases(lines, cells), places(tokens) {
+        for (int64_t query = 0; query < tokens; query++) places[query] = biases.place(query);
+    }
 };
 
 // Multiply 14 rows of queries or slopes with packed keys or values: (14, padded) fp32.
-inline void all_tokens(const char* rows, int64_t stride, const char* packed, int64_t padded, float* out) {
+SEPARATE void all_tokens(const char* rows, int64_t stride, const char* packed, int64_t padded, float* out) {
     for (int64_t panel = 0; panel < padded / 32; panel++) {
         __m512 sums[ROWS][2];
         clear<BF16, ROWS, 2>(sums);
@@ -43,7 +46,7 @@ inline void all_tokens(const char* rows, int64_t stride, const char* packed, int
 }
 
 // Multiply 14 rows over all tokens with 32 channels packed by token, and store the first `count` of them, scaled.
-inline void all_channels(const char* rows, int64_t stride, int64_t step_stride, const char* packed,
+SEPARATE void all_channels(const char* rows, int64_t stride, int64_t step_stride, const char* packed,
                          int64_t tokens, float scale, char* out, int64_t out_stride, int64_t count) {
     __m512 sums[ROWS][2];
     clear<BF16, ROWS, 2>(sums);
@@ -70,11 +73,11 @@ struct Softened {
         const __m512 off = _mm512_sub_ps(_mm512_loadu_ps(s.weight_slopes + r * s.padded + t), share);
         return _mm512_maskz_mul_ps(is_there, weight, off);
     }
-    INLINE void keep(const HeadSlope& s, const Op& op, int64_t first, int64_t t, __m512 slope) const {
+    INLINE void keep(const HeadSlope& s, const Op& op, int64_t first, int64_t t, __m512 slope, __m256i halves) const {
         if (!is_there) return;
         float* summed = s.summed + (first + r) * s.padded + t;
         if (op.relative == PRE) _mm512_storeu_ps(summed, _mm512_add_ps(_mm512_loadu_ps(summed), slope));
-        store<BF16>(s.rows + (r * s.padded + t) * 2, slope);
+        _mm256_storeu_si256((__m256i*)(s.rows + (r * s.padded + t) * 2), halves);
     }
 };
 
@@ -83,7 +86,7 @@ INLINE Softened soften(const HeadSlope& s, int64_t r, int64_t count, __m512 larg
     float* const row = s.logits + r * s.padded;
     const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
     __m512 total = _mm512_setzero_ps();
-    for (int64_t t = 0; t < s.padded; t += 16) {
+    for (int64_t t = 0; t < s.tokens; t += 16) {
         const __mmask16 mask = tail(s.tokens - t);
         const __m512 logit = _mm512_maskz_loadu_ps(mask, row + t);
         const __m512 e = _mm512_maskz_mov_ps(mask, exp16<false>(_mm512_sub_ps(logit, top)));
@@ -96,15 +99,48 @@ INLINE Softened soften(const HeadSlope& s, int64_t r, int64_t count, __m512 larg
     return {r, 0xffff, _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total)), _mm512_set1_ps(share)};
 }
 
-// One head of one image; its logit slopes are added to `summed`.
+// Logits become weights, weight slopes become logit slopes: two queries at a time, which lie side by side then.
+SEPARATE void weigh(const Op& op, const HeadSlope& s, int64_t first, int64_t count, const __m512 (&largest)[ROWS],
+                    const char* slopes, const char* mixed) {
+    for (int64_t r = 0; r < ROWS && first + r < s.padded; r += 2) {
+        const Softened even = soften(s, r, count, largest[r], slopes + r * 64, mixed + r * 2 * op.width);
+        const Softened odd = soften(s, r + 1, count, largest[r + 1], slopes + (r + 1) * 64, mixed + (r + 1) * 2 * op.width);
+        const int64_t line = (first + r) / 2 * s.padded;
+        for (int64_t t = 0; t < s.tokens; t += 16) {
+            const __m512 w0 = even.weight(s, t), w1 = odd.weight(s, t);
+            const __m512 d0 = even.slope(s, t, w0), d1 = odd.slope(s, t, w1);
+            const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(d1, d0);
+            _mm512_storeu_si512(&s.weights[line + t], pairs(w0, w1));
+            _mm512_storeu_si512(&s.logit_slopes[line + t], pairs(halves));
+            even.keep(s, op, first, t, d0, _mm512_castsi512_si256(halves));
+            odd.keep(s, op, first, t, d1, _mm512_extracti64x4_epi64(halves, 1));
+        }
+    }
+}
+
+// Where one head of one image lies.
+struct Head {
+    int64_t out_stride, stride;
+    const char *q, *k, *v, *slope, *mixed;
+    char* to;
+    Head(const Op& op, int64_t tokens, int64_t image, int64_t head)
+        : out_stride(2 * op.width), stride(3 * out_stride), q(op.source + image * tokens * stride + head * 64),
+          k(q + out_stride), v(k + out_stride), slope(op.gradient + image * tokens * out_stride + head * 64),
+          mixed(op.residual + image * tokens * out_stride + head * 64), to(op.out + image * tokens * stride + head * 64) {}
+    // A cache line of each map a token, too far from one another for the processor to foresee. Inline, since gcc drops
+    // a call that does nothing but fetch.
+    INLINE void fetch(int64_t token) const {
+        for (const char* at : {q, k, v}) _mm_prefetch(at + token * stride, _MM_HINT_T1);
+        for (const char* at : {slope, mixed}) _mm_prefetch(at + token * out_stride, _MM_HINT_T1);
+    }
+};
+
+// One head of one image; its logit slopes are added to `summed`. The next image's is fetched meanwhile.
 inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head) {
-    const int64_t N = s.tokens, P = s.padded, stride = 6 * op.width, out_stride = 2 * op.width;
+    const int64_t N = s.tokens, P = s.padded;
     const float factor = 1.0f / __builtin_sqrtf(32.0f);
-    const char* q = op.source + image * N * stride + head * 64;
-    const char *k = q + out_stride, *v = k + out_stride;
-    const char* slope = op.gradient + image * N * out_stride + head * 64;
-    const char* mixed = op.residual + image * N * out_stride + head * 64;
-    char* to = op.out + image * N * stride + head * 64;
+    const Head next(op, N, std::min(image + 1, op.images - 1), head);
+    const auto [out_stride, stride, q, k, v, slope, mixed, to] = Head(op, N, image, head);
     pack_keys(k, stride, N, 16, (int*)s.keys);
     pack_keys(v, stride, N, 16, (int*)s.values);
     pack_values<BF16>(k, stride, N, P, 32, s.keys_by_token);
@@ -113,16 +149,16 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head) 
     alignas(64) char query_rows[ROWS * 64], slope_rows[ROWS * 64];
     for (int64_t first = 0; first < N; first += ROWS) {
         const int64_t count = std::min<int64_t>(ROWS, N - first);
-        memset(query_rows, 0, sizeof query_rows);
-        memset(slope_rows, 0, sizeof slope_rows);
-        for (int64_t r = 0; r < count; r++) {
-            memcpy(query_rows + r * 64, q + (first + r) * stride, 64);
-            memcpy(slope_rows + r * 64, slope + (first + r) * out_stride, 64);
+        for (int64_t r = 0; r < ROWS; r++) {
+            const __mmask16 mask = r < count ? 0xffff : 0;
+            _mm512_store_si512(query_rows + r * 64, _mm512_maskz_loadu_epi32(mask, q + (first + r) * stride));
+            _mm512_store_si512(slope_rows + r * 64, _mm512_maskz_loadu_epi32(mask, slope + (first + r) * out_stride));
         }
+        for (int64_t r = 0; r < count; r++) next.fetch(first + r);
         const float* places[ROWS];
         __m512 largest[ROWS];
         for (int64_t r = 0; r < ROWS; r++) {
-            places[r] = op.bias + head * s.biases.size() + s.biases.place(first + std::min(r, count - 1));
+            places[r] = op.bias + head * s.biases.size() + s.places[first + std::min(r, count - 1)];
             largest[r] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
         }
         for (int64_t t = 0; t < N; t += PANEL)
@@ -131,21 +167,7 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head) 
             else
                 match<BF16, ROWS, 1>(op, query_rows, 64, s.keys + t * 64, s.biases, places, t, P, s.logits, largest);
         all_tokens(slope_rows, 64, s.values, P, s.weight_slopes);
-        // Logits become weights, weight slopes become logit slopes: two queries at a time, which lie side by side then.
-        for (int64_t r = 0; r < ROWS && first + r < P; r += 2) {
-            const Softened even = soften(s, r, count, largest[r], slope_rows + r * 64, mixed + (first + r) * out_stride);
-            const Softened odd = soften(s, r + 1, count, largest[r + 1], slope_rows + (r + 1) * 64,
-                                        mixed + (first + r + 1) * out_stride);
-            for (int64_t t = 0; t < P; t += 16) {
-                const int64_t at = (first + r) / 2 * P + t;
-                const __m512 w0 = even.weight(s, t), w1 = odd.weight(s, t);
-                const __m512 d0 = even.slope(s, t, w0), d1 = odd.slope(s, t, w1);
-                _mm512_storeu_si512(&s.weights[at], pairs(w0, w1));
-                _mm512_storeu_si512(&s.logit_slopes[at], pairs(d0, d1));
-                even.keep(s, op, first, t, d0);
-                odd.keep(s, op, first, t, d1);
-            }
-        }
+        weigh(op, s, first, count, largest, slope_rows, mixed + first * out_stride);
         all_channels(s.rows, 2 * P, 4, s.keys_by_token, N, factor, to + first * stride, stride, count);
     }
     for (int64_t first = 0; first < N; first += ROWS) {

@@ -10,6 +10,7 @@
 #include "op.h"
 
 #define INLINE inline __attribute__((always_inline))
+#define SEPARATE inline __attribute__((noinline))  // registers are shared out better by themselves
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 constexpr int64_t bytes(int64_t type) { return type == FP32 ? 4 : type == BF16 ? 2 : 1; }
@@ -84,11 +85,23 @@ INLINE void store(char* at, __m512 value, __mmask16 mask = 0xffff) {
     }
 }
 
-// Two vectors as bf16, side by side in 32 bits, as products want them.
-INLINE __m512i pairs(__m512 even, __m512 odd) {
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-    return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd)), 16));
+// Side by side in 32 bits, as products want them: numbers FIRST to FIRST + 15 of two vectors of 32 bf16.
+template <int FIRST>
+INLINE __m512i zip(__m512i even, __m512i odd) {
+    constexpr auto both = [](int i) { return int64_t(FIRST + i) | int64_t(FIRST + i + 32) << 16; };
+    constexpr auto four = [=](int i) { return both(i) | both(i + 1) << 32; };
+    const __m512i places = _mm512_setr_epi64(four(0), four(2), four(4), four(6), four(8), four(10), four(12), four(14));
+    return _mm512_permutex2var_epi16(even, places, odd);
 }
+
+// Two vectors as bf16, side by side in 32 bits.
+INLINE __m512i pairs(__m512i halves) {  // of which the lower is even
+    constexpr auto both = [](int i) { return int64_t(i) | int64_t(i + 16) << 16; };
+    constexpr auto four = [=](int i) { return both(i) | both(i + 1) << 32; };
+    const __m512i places = _mm512_setr_epi64(four(0), four(2), four(4), four(6), four(8), four(10), four(12), four(14));
+    return _mm512_permutexvar_epi16(places, halves);
+}
+INLINE __m512i pairs(__m512 even, __m512 odd) { return pairs((__m512i)_mm512_cvtne2ps_pbh(odd, even)); }
 
 INLINE void store(int64_t type, char* at, __m512 value, __mmask16 mask = 0xffff) {
     if (type == FP32)

@@ -14,15 +14,6 @@ constexpr int64_t AT_ONCE = 392;
 constexpr int64_t FETCH = 64;             // pixels ahead: a map is read crosswise here, which no processor foresees
 constexpr int64_t TILES = 8, PANELS = 3;  // made together: 192 bytes of a pixel
 
-// Side by side in 32 bits: channels `first` to `first` + 15 of two pixels.
-template <int FIRST>
-INLINE __m512i zip(__m512i even, __m512i odd) {
-    constexpr auto both = [](int i) { return int64_t(FIRST + i) | int64_t(FIRST + i + 32) << 16; };
-    constexpr auto four = [=](int i) { return both(i) | both(i + 1) << 32; };
-    const __m512i places = _mm512_setr_epi64(four(0), four(2), four(4), four(6), four(8), four(10), four(12), four(14));
-    return _mm512_permutex2var_epi16(even, places, odd);
-}
-
 // R rows of `out` by 32 columns. Those of the next tile, which lie below, come from far away: they are fetched meanwhile.
 template <int R>
 void slope_tile(const char* rows, const char* columns, int64_t steps, bool first, float* out, int64_t stride,
