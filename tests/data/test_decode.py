@@ -55,6 +55,40 @@ def test_jpeg_has_pillows_bits():
     np.testing.assert_array_equal(decode(content), np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"subsampling": 0},
+        {"progressive": True},
+        {"restart_marker_rows": 1},
+        {"comment": b"a comment" * 99},
+        {"exif": Image.Exif()},
+        {"icc_profile": b"a profile"},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_every_kind_of_jpeg_has_pillows_bits_and_tells_its_size_once(mode, options):
+    content = encode(Image.fromarray(smooth(50, 70)).convert(mode), "JPEG", quality=90, **options)
+    asked: list[tuple[int, int]] = []
+
+    def whole(size: tuple[int, int]) -> int:
+        asked.append(size)
+        return 50
+
+    want = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    np.testing.assert_array_equal(decode(content, min_side=whole), want)
+    assert asked == ([] if mode == "CMYK" else [(50, 70)]), f"it was told {asked}"
+
+
+def test_a_damaged_jpeg_tells_its_size_once():
+    asked: list[tuple[int, int]] = []
+    with pytest.raises(BadImageError):
+        decode(JPEG[: len(JPEG) // 2], min_side=lambda size: asked.append(size) or 1)
+    assert asked in ([], [(24, 36)]), f"it was told {asked}"
+
+
 def test_sixteen_bits_are_scaled_not_clipped():
     grey = np.array([[0, 128, 257, 32768, 65535]], dtype=np.uint16)
     assert decode(encode(grey, "PNG"))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
@@ -164,6 +198,12 @@ def test_too_many_pixels_are_refused_from_the_header(side, met, monkeypatch, rec
     with pytest.raises(BadImageError, match=met):
         decode(bomb)
     assert not recwarn.list, f"a warning got out: {[str(w.message) for w in recwarn.list]}"
+
+
+def test_too_many_pixels_are_refused_in_a_plain_jpeg(monkeypatch):
+    monkeypatch.setattr(module, "MAX_PIXELS", 24 * 36 - 1)
+    with pytest.raises(BadImageError, match="megapixels"):
+        decode(JPEG)
 
 
 def test_a_large_picture_within_the_limit_gives_no_warning():

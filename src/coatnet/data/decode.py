@@ -39,6 +39,9 @@ SMALL_FILE_BYTES = 2**18  # too few to hold blocks that matter
 _ORIENTATION = 0x0112  # EXIF tag
 _BLOCKS = {b"\xff\xd8": re.compile(b"Exif\0\0"), b"\x89P": re.compile(b"iCCP")}  # by how a file begins
 _MANY_SCANS = re.compile(rb"\xff[\xc2\xc3\xc9\xca]")  # JPEG's frame markers but the two of plain Huffman coding
+_FRAME, _SCAN = 0xC0, 0xDA  # JPEG's markers: a baseline frame, and where the pixels begin
+_PLAIN_PARTS = bytes([_FRAME, 0xC4, 0xDB, 0xDD, 0xE0, 0xFE])  # with both kinds of tables, restarts, JFIF and comments
+_MAX_PLAIN_PARTS = 32
 # Filters of warnings belong to the whole process: without a lock, two threads could leave each other's behind.
 _QUIET = threading.Lock()
 
@@ -54,9 +57,15 @@ def decode(content: bytes | Path, *, name: str = "", min_side: int | MinSide = 0
     name = name or (str(content) if isinstance(content, Path) else "picture")
     try:
         data = _read(content)
-        image, orientation = _open(data)
-        pixels = _decode_jpeg(data, image, orientation, min_side) if image.format == "JPEG" else None
-        return _upright(_to_rgb(image) if pixels is None else pixels, orientation)
+        size, orientation, image = _plain_jpeg_size(data), 1, None
+        if size is None:
+            image, orientation = _open(data)
+            if image.format == "JPEG" and image.mode in ("RGB", "L"):  # not CMYK
+                size = (image.height, image.width)
+        pixels = None if size is None else _decode_jpeg(data, size, orientation, min_side)
+        if pixels is None:  # no JPEG, or one that simplejpeg refuses
+            pixels = _to_rgb(_open(data)[0] if image is None else image)
+        return _upright(pixels, orientation)
     except MemoryError:
         raise
     except Exception as error:
@@ -106,6 +115,29 @@ def _read(content: bytes | Path) -> bytes:
     return content.read_bytes() if isinstance(content, Path) else content
 
 
+def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Return (height, width) in px of a JPEG of the plainest kind, which needs no look by Pillow; else None.
+
+    That is baseline, colour or grey, within the limits, and without any metadata but JFIF's own and comments.
+    """
+    at, size = 2, None
+    for _ in range(_MAX_PLAIN_PARTS):
+        if data[:2] != b"\xff\xd8" or at + 10 > len(data) or data[at] != 0xFF:
+            break
+        marker, num_bytes = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
+        if marker == _SCAN:
+            return size
+        if marker not in _PLAIN_PARTS:
+            break
+        if marker == _FRAME:
+            height, width = int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
+            if data[at + 9] not in (1, 3) or not 0 < height * width <= MAX_PIXELS:
+                break
+            size = height, width
+        at += 2 + num_bytes
+    return None
+
+
 def _open(data: bytes) -> tuple[Image.Image, int]:
     """Read the header, refuse pictures that are too large, and return the undecoded picture and its orientation."""
     blocks = _BLOCKS.get(data[:2]) if len(data) > SMALL_FILE_BYTES else None
@@ -143,15 +175,13 @@ def _refuse_slow(data: bytes, image: Image.Image, header_end: int) -> None:
             raise _LimitError(f"{num_scans} scans of {num_pixels / 1e6:.0f} megapixels. Save it as a plain JPEG.")
 
 
-def _decode_jpeg(data: bytes, image: Image.Image, orientation: int, min_side: int | MinSide) -> Pixels | None:
-    """Decode through simplejpeg, or return None where Pillow has to look: at CMYK, and at what simplejpeg refuses."""
-    if image.mode not in ("RGB", "L"):
-        return None
-    width, height = image.size
+def _decode_jpeg(data: bytes, size: tuple[int, int], orientation: int, min_side: int | MinSide) -> Pixels | None:
+    """Decode a JPEG of that size, not upright, through simplejpeg, or return None for what it refuses."""
+    height, width = size
     if not isinstance(min_side, int):
         min_side = min_side((width, height) if orientation >= 5 else (height, width))
     # Of the sizes that libjpeg can decode to, these three alone are faster than the whole.
-    part = next((part for part in (8, 4, 2) if 0 < min_side <= min(image.size) / part), 1)
+    part = next((part for part in (8, 4, 2) if 0 < min_side <= min(size) / part), 1)
     try:
         return simplejpeg.decode_jpeg(
             data,
