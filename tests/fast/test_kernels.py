@@ -21,7 +21,7 @@ from coatnet.fast.kernels import (
     to_be_gated,
     total,
 )
-from coatnet.fast.operations import run, together
+from coatnet.fast.operations import run
 from coatnet.fast.packing import pack
 
 pytestmark = pytest.mark.skipif(native.missing("bf16") is not None, reason=f"{native.missing('bf16')}")
@@ -97,28 +97,6 @@ def test_residuals_are_added_even_in_place():
     want = x.double() @ weight.double() + past.double()
     assert_near(Weight(weight).product(x, residual=past), want, "a residual")
     assert_near(Weight(weight).product(x, out=past, residual=past), want, "a residual in place")
-
-
-@torch.no_grad()
-def test_what_is_gathered_is_carried_out_in_order_at_the_end():
-    x, weight = noise(30, 64), noise(64, 64).float()
-    want = Weight(weight).product(Weight(weight).product(x))
-    out = torch.zeros(30, 64, dtype=torch.bfloat16)
-    with together():
-        Weight(weight).product(Weight(weight).product(x), out=out)  # what only lies in between is freed before
-        assert not out.any(), "it was not gathered"
-    assert torch.equal(out, want)
-    left = torch.zeros_like(out)
-
-    def break_off() -> None:
-        with together():
-            Weight(weight).product(x, out=left)
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        break_off()
-    assert not left.any(), "what an error broke off was carried out"
-    assert torch.equal(Weight(weight).product(Weight(weight).product(x)), want), "later calls are still gathered"
 
 
 def slopes_of(out: torch.Tensor, slope: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

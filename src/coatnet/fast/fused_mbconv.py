@@ -32,7 +32,7 @@ from coatnet.fast.kernels import (
 from coatnet.fast.operations import recorded, run, scratch
 from coatnet.model.mbconv import MBConv
 
-NUM_KEPT = 7  # of `_invert`'s input and what it kept: maps and moments
+NUM_KEPT = 8  # of `_invert`'s input and what it kept: maps and moments
 
 
 class Weights(NamedTuple):
@@ -182,7 +182,7 @@ def _invert(
     filtered = torch.empty_like(expanded)
     sums = run_map("ACTED_DEPTHWISE", expanded, weight=w.depthwise, out=filtered, **first.fields)
     second = Moments.of(sums, B * H * W, (w.norm2, w.norm2_bias), running[4:], numbers[2])
-    past = shorten(x, w.projection, pooled=pooled)
+    past, shortened = shorten(x, w.projection, pooled=pooled)
     gate, gated = Gate(w, H * W), GatedWeight(shrink, shrink_bias, len(w.shrink))
     out = torch.empty_like(past)
     for group in groups(expanded):
@@ -190,7 +190,7 @@ def _invert(
         gates = gate.gates(run_map("ACTED", filtered[group], out=acted, **second.fields))
         gated.product(acted, gates, out[group], past[group] if scale_B is None else None)
     out = out if scale_B is None else scaled(out, scale_B, past)
-    return out, source, expanded, filtered, zeroth.found, first.found, second.found
+    return out, shortened, source, expanded, filtered, zeroth.found, first.found, second.found
 
 
 @recorded
@@ -199,11 +199,11 @@ def _invert_slope(slope: Tensor, scale_B: Tensor | None, *inputs: Tensor, stride
 
     `inputs` are the map, what `_invert` kept and the weights.
     """
-    w, (x, source, expanded, filtered, *found) = Weights(*inputs[NUM_KEPT:]), inputs[:NUM_KEPT]
+    w, (x, shortened, source, expanded, filtered, *found) = Weights(*inputs[NUM_KEPT:]), inputs[:NUM_KEPT]
     B, H, W, _ = expanded.shape
     pixels = (x[..., 0].numel(), B * H * W, B * H * W)
     zeroth, first, second = (Moments(*each) for each in zip(found, pixels, strict=True))
-    past, projection_slopes = shorten_slope(x, slope, w.projection, pooled=pooled)
+    past, projection_slopes = shorten_slope(shortened, slope, w.projection)
     slope = slope if scale_B is None else scaled(slope, scale_B)
     gate = Gate(w, H * W)
     acted_slope, sums, gated, shrink_slopes = _through_shrink(w, slope, filtered, second, gate)

@@ -26,18 +26,18 @@ def pools(shortcut: nn.Module) -> bool:
     return any(isinstance(part, Pool) for part in shortcut.children())
 
 
-def shorten(x: Tensor, projection: Projection, *, pooled: bool) -> Tensor:
-    """Return Proj(Pool(x)): (B, H, W, C) -> (B, h, w, D); x itself where there is nothing to do."""
+def shorten(x: Tensor, projection: Projection, *, pooled: bool) -> tuple[Tensor, Tensor]:
+    """Return Proj(Pool(x)) and Pool(x): (B, H, W, C) -> (B, h, w, D) and (B, h, w, C); x where nothing is to be done."""
     x = pool(x) if pooled else x
     if projection.weight is None:
-        return x
-    return Weight(projection.weight.flatten(1).T, projection.bias).product(x)
+        return x, x
+    return Weight(projection.weight.flatten(1).T, projection.bias).product(x), x
 
 
-def shorten_slope(x: Tensor, slope: Tensor, projection: Projection, *, pooled: bool) -> tuple[Tensor, Projection]:
-    """Go back through the projection: return the gradient of what it took, and its own; `slope` itself without one."""
+def shorten_slope(x: Tensor, slope: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
+    """Go back through the projection of x: return the gradients of x and of its weights; `slope` itself without one."""
     if projection.weight is None:
         return slope, Projection(None, None)
     matrix = projection.weight.flatten(1)
-    weight_slope, bias_slope = WeightSlope(*matrix.shape).add(slope, pool(x) if pooled else x).total()
+    weight_slope, bias_slope = WeightSlope(*matrix.shape).add(slope, x).total()
     return Weight(matrix).product(slope), Projection(weight_slope.view_as(projection.weight), bias_slope)

@@ -90,16 +90,17 @@ def _transform(
     heads: int,
     pooled: bool,
 ) -> tuple[Tensor, ...]:
-    """Return the output and what the way back needs: of attention three maps, of the FFN as many."""
+    """Return the output and what the way back needs: of the first half four maps, of the FFN three."""
     norm, norm_bias, qkv, qkv_bias, project, project_bias, *projection = weights[:NUM_WEIGHTS]
     source = norm_rows(x, norm, norm_bias)
     source = pool(source) if pooled else source
     queries = Weight(qkv.T, qkv_bias).product(source)
     mixed = torch.empty(*source.shape[:3], len(qkv) // 3, dtype=torch.bfloat16)
     run("ATTENTION", source=queries, out=mixed, **_attention(mixed, bias, heads))
-    y = _joined(Weight(project.T, project_bias), mixed, shorten(x, Projection(*projection), pooled=pooled), scale_B)
+    past, shortened = shorten(x, Projection(*projection), pooled=pooled)
+    y = _joined(Weight(project.T, project_bias), mixed, past, scale_B)
     out, ffn_source, hidden = _feed(y, ffn_scale_B, *weights[NUM_WEIGHTS:])
-    return out, source, queries, mixed, y, ffn_source, hidden
+    return out, shortened, source, queries, mixed, y, ffn_source, hidden
 
 
 @recorded
@@ -109,6 +110,7 @@ def _transform_slope(
     ffn_scale_B: Tensor | None,
     bias: Tensor | None,
     x: Tensor,
+    shortened: Tensor,
     source: Tensor,
     queries: Tensor,
     mixed: Tensor,
@@ -122,7 +124,7 @@ def _transform_slope(
     """Return the gradients of x, of the biases and of the weights."""
     norm, norm_bias, qkv, _, project, _, *projection = weights[:NUM_WEIGHTS]
     slope, *ffn_slopes = _feed_slope(slope, ffn_scale_B, y, ffn_source, hidden, *weights[NUM_WEIGHTS:])
-    past, projection_slopes = shorten_slope(x, slope, Projection(*projection), pooled=pooled)
+    past, projection_slopes = shorten_slope(shortened, slope, Projection(*projection))
     slope = slope if scale_B is None else scaled(slope, scale_B)
     project_slopes = WeightSlope(*project.shape).add(slope, mixed).total()
     mixed_slope, queries_slope = Weight(project).product(slope), torch.empty_like(queries)

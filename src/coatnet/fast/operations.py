@@ -1,4 +1,4 @@
-"""How operations reach the kernels: at once, gathered, or recorded.
+"""How operations reach the kernels: one at once, or those of a function together, recorded before.
 
 To write an operation down takes Python as long as a small one takes to be carried out, so what happens in every update
 is written down once.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Container, Generator, Hashable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Hashable, Sequence
 from functools import lru_cache, wraps
 from typing import Any, TypeVar, cast
 
@@ -21,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coatnet import native
 
 Fields = Tensor | int | float
-Gathered = list[tuple[native.Op, dict[str, Fields]]]  # with the fields, whose memory must last
 Tensors = Sequence[Tensor | None]
 Made = TypeVar("Made", bound="tuple[Tensor | None, ...]")
 CACHE_LINE = 64  # bytes
@@ -31,43 +29,20 @@ COLUMNS = {name: number for number, (name, *_) in enumerate(native.Op._fields_)}
 
 
 def run(kind: str, **fields: Fields) -> None:
-    """Carry out one operation, or gather it; tensors stand for their addresses."""
+    """Carry out one operation, or record it; tensors stand for their addresses."""
     values = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in fields.items()}
     op = native.Op(kind=native.KINDS[kind], **values)
-    if _OURS.gathered is None:
+    if _OURS.recorder is None:
         native.run((native.Op * 1)(op), torch.get_num_threads())
     else:
-        _OURS.gathered.append((op, fields))
-
-
-@contextmanager
-def together() -> Generator[None]:
-    """Gather the operations of this block and carry them out at its end, in order, in one go.
-
-    Within it torch must read nothing that they write, nor write what they read once they are gathered.
-    """
-    with _gathering() as gathered:
-        yield
-    native.run((native.Op * len(gathered))(*(op for op, _ in gathered)), torch.get_num_threads())
-
-
-@contextmanager
-def _gathering() -> Generator[Gathered]:
-    assert _OURS.gathered is None, "operations are gathered already"
-    gathered = _OURS.gathered = []
-    try:
-        yield gathered
-    finally:
-        _OURS.gathered = None
+        _OURS.recorder.gathered.append((op, fields))
 
 
 class _Ours(threading.local):
     """What belongs to this thread."""
 
     def __init__(self) -> None:
-        self.gathered: Gathered | None = None
         self.recorder: _Recorder | None = None
-        self.scratch: dict[str, Tensor] = {}
         self.arena = torch.empty(0, dtype=torch.uint8)
 
 
@@ -75,16 +50,12 @@ _OURS = _Ours()
 
 
 def scratch(name: str, shape: Sequence[int]) -> Tensor:
-    """Return memory for a bf16 map of this shape, which the next request by the same name in this thread overwrites.
+    """Return memory for a bf16 map of this shape, which the next request by the same name in a function overwrites.
 
-    New memory costs more than what is written to it: the system clears it page by page.
+    So what goes from kernel to kernel, group by group, is found in the caches.
     """
-    kept, count = _OURS.scratch, math.prod(shape)
-    if _OURS.recorder is not None:
-        return _OURS.recorder.scratch(name, count).view(*shape)
-    if name not in kept or kept[name].numel() < count:
-        kept[name] = torch.empty(count, dtype=torch.bfloat16)
-    return kept[name][:count].view(*shape)
+    assert _OURS.recorder is not None, "this is for functions that are recorded"
+    return _OURS.recorder.scratch(name, math.prod(shape)).view(*shape)
 
 
 def recorded(body: Callable[..., Made]) -> Callable[..., Made]:
@@ -93,7 +64,7 @@ def recorded(body: Callable[..., Made]) -> Callable[..., Made]:
     Positional arguments are tensors or None; the others are what else the operations depend on. It is recorded with
     tensors that have no memory ("meta"): in it torch may ask for memory (`torch.empty`, `scratch`) and take views, and
     nothing else. What it does not return lies in memory that this thread's next recorded function overwrites.
-    Raises: TypeError where torch is to compute.
+    Raises: RuntimeError where torch is to compute.
     """
 
     @wraps(body)
@@ -114,11 +85,11 @@ def _record(
     ]
     recorder = _OURS.recorder = _Recorder()
     try:
-        with torch.device("meta"), recorder, _gathering() as gathered:
+        with torch.device("meta"), recorder:
             returned = body(*inputs, **dict(options))
     finally:
         _OURS.recorder = None
-    return _Recording(gathered, inputs, recorder, returned)
+    return _Recording(recorder, inputs, returned)
 
 
 class _Recorder(TorchDispatchMode):
@@ -126,6 +97,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.gathered: list[tuple[native.Op, dict[str, Fields]]] = []
         self.made: list[Tensor] = []
         self.scratches: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -135,7 +107,7 @@ class _Recorder(TorchDispatchMode):
         if "empty" in func.name():
             self.made.append(found)
         elif not func.is_view:
-            raise TypeError(f"A recorded function only asks for memory and takes views, and {func} computes.")
+            raise RuntimeError(f"A recorded function only asks for memory and takes views, and {func} computes.")
         return found
 
     def scratch(self, name: str, count: int) -> Tensor:
@@ -153,25 +125,24 @@ class _Recording:
     which all else lies.
     """
 
-    def __init__(self, gathered: Gathered, inputs: Tensors, recorder: _Recorder, returned: Tensors) -> None:
+    def __init__(self, recorder: _Recorder, inputs: Tensors, returned: Tensors) -> None:
         results = {_storage(x) for x in returned if x is not None}
         self.made = [x for x in recorder.made if _storage(x) in results]
-        bases = {_storage(x): number for number, x in enumerate([*inputs, *self.made]) if x is not None}
-        arena = len(inputs) + len(self.made)
+        apart = [*inputs, *self.made]
+        bases = {_storage(x): (number, 0) for number, x in enumerate(apart) if x is not None}
         starts, self.arena_bytes = _lay_out(recorder, bases)
-        self.returned = [None if x is None else (bases[_storage(x)], x) for x in returned]
-        ops = (native.Op * len(gathered))(*(op for op, _ in gathered))
+        bases.update((storage, (len(apart), start)) for storage, start in starts.items())
+        self.returned = [None if x is None else (bases[_storage(x)][0], x) for x in returned]
+        ops = (native.Op * len(recorder.gathered))(*(op for op, _ in recorder.gathered))
         self.table = np.frombuffer(bytes(ops), np.int64).copy()
-        places = {
-            row * len(COLUMNS) + COLUMNS[name]: _storage(x)
-            for row, (_, fields) in enumerate(gathered)
+        addresses = [
+            (row * len(COLUMNS) + COLUMNS[name], *_base(x, bases))
+            for row, (_, fields) in enumerate(recorder.gathered)
             for name, x in fields.items()
             if isinstance(x, Tensor)
-        }
-        self.places = np.fromiter(places, np.int64)
-        self.bases = np.array([bases.get(storage, arena) for storage in places.values()], np.int64)
-        # A tensor without memory starts at 0: what stands in the table are offsets.
-        self.table[self.places] += np.array([starts.get(storage, 0) for storage in places.values()], np.int64)
+        ]
+        self.places, self.bases, starts_of = np.array(addresses, np.int64).T.copy()
+        self.table[self.places] += starts_of  # a tensor without memory starts at 0: there stand offsets
 
     def carry_out(self, inputs: Tensors) -> tuple[Tensor | None, ...]:
         known = [*inputs, *(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in self.made)]
@@ -195,6 +166,11 @@ def _lay_out(recorder: _Recorder, apart: Container[int]) -> tuple[dict[int, int]
             count = recorder.counts[names[storage]] if storage in names else x.numel()
             end += -(-count * x.itemsize // CACHE_LINE) * CACHE_LINE
     return starts, end
+
+
+def _base(x: Tensor, bases: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    assert _storage(x) in bases, "a recorded function takes all tensors as arguments"
+    return bases[_storage(x)]
 
 
 def _storage(x: Tensor) -> int:
