@@ -27,7 +27,7 @@ def pools(shortcut: nn.Module) -> bool:
 
 
 def shorten(x: Tensor, projection: Projection, *, pooled: bool) -> tuple[Tensor, Tensor]:
-    """Return Proj(Pool(x)) and Pool(x): (B, H, W, C) -> (B, h, w, D) and (B, h, w, C); x where nothing is to be done."""
+    """Return Proj(Pool(x)) and Pool(x): (B, H, W, C) -> (B, h, w, D) and (B, h, w, C); x where nothing is done."""
     x = pool(x) if pooled else x
     if projection.weight is None:
         return x, x
