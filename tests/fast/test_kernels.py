@@ -18,6 +18,7 @@ from coatnet.fast.kernels import (
     pool,
     pool_slope,
     run_map,
+    scaled,
     to_be_gated,
     total,
 )
@@ -97,6 +98,14 @@ def test_residuals_are_added_even_in_place():
     want = x.double() @ weight.double() + past.double()
     assert_near(Weight(weight).product(x, residual=past), want, "a residual")
     assert_near(Weight(weight).product(x, out=past, residual=past), want, "a residual in place")
+
+
+@pytest.mark.parametrize("channels", [4, 20, 64])
+def test_branches_are_scaled_image_by_image(channels: int):
+    x, past, scale = noise(3, 5, 7, channels), noise(7, 5, 3, channels).view(3, 5, 7, channels), noise(3).float()
+    want = x.double() * scale.double().view(-1, 1, 1, 1)
+    assert_near(scaled(x, scale), want, "a branch")
+    assert_near(scaled(x, scale, past), want + past.double(), "a branch and what goes past it")
 
 
 def slopes_of(out: torch.Tensor, slope: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -142,21 +143,29 @@ def test_gradients_of_gradients_are_refused():
         torch.stack([slope.square().sum() for slope in slopes if slope is not None]).sum().backward()
 
 
-@pytest.mark.parametrize("frozen", [nn.BatchNorm2d])
-def test_frozen_statistics_take_the_plain_block(frozen: type[nn.Module]):
-    def freeze(model: CoAtNet) -> CoAtNet:
+def average_all(norm: nn.BatchNorm2d) -> None:
+    norm.momentum = None
+
+
+def track_nothing(norm: nn.BatchNorm2d) -> None:
+    norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+
+
+@pytest.mark.parametrize("change", [nn.BatchNorm2d.eval, average_all, track_nothing])
+def test_statistics_of_another_kind_take_the_plain_block(change: Callable[[nn.BatchNorm2d], object]):
+    def changed(model: CoAtNet) -> CoAtNet:
         model.train()
         for module in model.modules():
-            if isinstance(module, frozen):
-                module.eval()
-        model.train = lambda mode=True: model  # pyright: ignore  # noqa: ARG005 - the norms stay frozen
+            if isinstance(module, nn.BatchNorm2d):
+                change(module)
+        model.train = lambda mode=True: model  # pyright: ignore  # noqa: ARG005 - what was changed stays so
         return model
 
     model, x = network(config_of("CCCC"), training=True), images(4, SIZE)
-    _, want, before = pass_through(freeze(copy.deepcopy(model)), x)
-    _, found, after = pass_through(freeze(fused_of(model)), x)
+    _, want, want_after = pass_through(changed(copy.deepcopy(model)), x)
+    _, found, after = pass_through(changed(fused_of(model)), x)
     assert all(torch.equal(found[name], want[name]) for name in want)
-    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(torch.equal(after[name], want_after[name]) for name in want_after)
 
 
 def test_depthwise_stride_and_layer_norm_stay_plain():

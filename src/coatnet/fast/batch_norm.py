@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,22 +82,25 @@ def _num_rows(sums: Tensor) -> int:
     return sums.numel() // (2 * sums.shape[-1])
 
 
-class BatchNorms:
-    """The BatchNorms of a block, for functions that are recorded."""
+def gathers(norm: nn.Module) -> bool:
+    """Whether a BatchNorm norms by the batch and moves statistics in fp32 on, as the kernels do."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    is_plain = norm.running_mean is not None and norm.running_mean.dtype == torch.float32
+    return norm.training and is_plain and norm.momentum is not None
 
-    def __init__(self, *norms: nn.Module) -> None:
-        self.norms = [norm for norm in norms if isinstance(norm, nn.BatchNorm2d)]
-        assert len(self.norms) == len(norms)
+
+class BatchNorms:
+    """The BatchNorms of a block, for functions that are recorded; each one `gathers`."""
+
+    def __init__(self, *norms: Any) -> None:
+        self.norms: list[Any] = [*norms]
 
     def running(self) -> list[Tensor]:
         """Return their running means and variances, in turns."""
-        found = [part for norm in self.norms for part in (norm.running_mean, norm.running_var) if part is not None]
-        assert len(found) == 2 * len(self.norms)
-        assert all(part.dtype == torch.float32 for part in found)
-        return found
+        return [part for norm in self.norms for part in (norm.running_mean, norm.running_var)]
 
     def numbers(self) -> tuple[Numbers, ...]:
-        return tuple((norm.eps, norm.momentum or 0.0) for norm in self.norms)
+        return tuple((norm.eps, norm.momentum) for norm in self.norms)
 
     def count_batch(self) -> None:
         for norm in self.norms:

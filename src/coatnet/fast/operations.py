@@ -145,9 +145,9 @@ class _Recording:
         self.table[self.places] += starts_of  # a tensor without memory starts at 0: there stand offsets
 
     def carry_out(self, inputs: Tensors) -> tuple[Tensor | None, ...]:
-        known = [*inputs, *(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in self.made)]
+        known = [*inputs, *(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu") for x in self.made)]
         if _OURS.arena.nbytes < self.arena_bytes + CACHE_LINE:
-            _OURS.arena = torch.empty(self.arena_bytes + CACHE_LINE, dtype=torch.uint8)
+            _OURS.arena = torch.empty(self.arena_bytes + CACHE_LINE, dtype=torch.uint8, device="cpu")
         addresses = [0 if x is None else x.data_ptr() for x in known]
         addresses.append(-(-_OURS.arena.data_ptr() // CACHE_LINE) * CACHE_LINE)
         table = self.table.copy()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coatnet import native
+from coatnet.fast.batch_norm import gathers
 from coatnet.fast.flex_attention import use_flex_attention
 from coatnet.fast.fused_mbconv import Inverted, Weights
 from coatnet.fast.fused_stem import Stemmed, weights_of
@@ -103,14 +104,14 @@ def _is_wanted(x: Tensor) -> bool:
 class _FusedMBConv(MBConv):
     def forward(self, x: Tensor, draws_B1: Tensor | None = None) -> Tensor:
         norms = (self.norm, self.expand_norm, self.depthwise_norm)
-        if not (_is_wanted(x) and all(norm.training for norm in norms)):
+        if not (_is_wanted(x) and all(gathers(norm) for norm in norms)):
             return super().forward(x, draws_B1)
         return Inverted.apply(x, self, _scale(self.drop, draws_B1, 0), *Weights.of(self))
 
 
 class _FusedStem(ConvStem):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name that Sequential gives it)
-        if not (_is_wanted(input) and all(norm.training for norm in list(self)[1::3]) and not input.requires_grad):
+        if not (_is_wanted(input) and all(gathers(norm) for norm in list(self)[1::3]) and not input.requires_grad):
             return super().forward(input)
         return Stemmed.apply(input, self, *weights_of(self))
 
