@@ -79,6 +79,7 @@ def test_every_kind_of_jpeg_has_pillows_bits_and_tells_its_size_once(mode, optio
 
     want = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
     np.testing.assert_array_equal(decode(content, min_side=whole), want)
+    assert read_size(content) == (50, 70)
     assert asked == ([] if mode == "CMYK" else [(50, 70)]), f"it was told {asked}"
 
 

@@ -90,12 +90,39 @@ def test_what_torch_would_compute_is_refused():
         return (scaled(x + x, torch.empty(len(x))),)
 
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"aten\.add.* computes"):
+        with pytest.raises(RuntimeError, match=r"takes views: not aten\.add"):
             computes(noise(2, 3, 4, 8))
     x, first, second = noise(9, 24), noise(24, 8).float(), noise(8, 16).float()  # what broke off left nothing behind
     assert torch.equal(
         two_layers(x, first, second, None, twice=False)[0], expected(x, first, second, None, twice=False)
     )
+
+
+def test_memory_of_no_given_dtype_is_refused():
+    @recorded
+    def asks(x: Tensor) -> tuple[Tensor]:
+        return (Weight(torch.empty(24, 16)).product(x),)
+
+    with pytest.raises(RuntimeError, match="of a given dtype"):
+        asks(noise(3, 24))
+
+
+def test_a_recorded_function_in_another_is_refused():
+    @recorded
+    def outer(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor]:
+        return (two_layers(x, first, second, None, twice=False)[0],)
+
+    with pytest.raises(AssertionError, match="two_layers is called in"):
+        outer(noise(9, 24), noise(24, 8).float(), noise(8, 16).float())
+
+
+def test_scratch_is_not_returned():
+    @recorded
+    def returns_scratch(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        return (Weight(weight).product(x, out=scratch("lost", (len(x), weight.shape[1]))),)
+
+    with pytest.raises(AssertionError, match="scratch is returned"):
+        returns_scratch(noise(3, 24), noise(24, 16).float())
 
 
 def test_a_tensor_that_is_no_argument_is_refused():

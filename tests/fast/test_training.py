@@ -168,6 +168,29 @@ def test_statistics_of_another_kind_take_the_plain_block(change: Callable[[nn.Ba
     assert all(torch.equal(after[name], want_after[name]) for name in want_after)
 
 
+def test_another_default_dtype_changes_nothing():
+    model, x = fused_of(network(config_of(), training=True)), images(4, SIZE)
+    first = copy.deepcopy(model)
+    _, want, _ = pass_through(first, x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        _, found, _ = pass_through(model, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    apart = [name for name in want if not torch.equal(found[name], want[name])]
+    assert not apart, f"{len(apart)} gradients differ: {apart[:3]}"
+
+
+def test_frozen_weights_leave_the_other_gradients_as_they_are():
+    model, x = fused_of(network(config_of(), training=True)), images(4, SIZE)
+    _, want, _ = pass_through(copy.deepcopy(model), x)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 3 > 0)
+    _, found, _ = pass_through(model, x)
+    assert len(found) < len(want)
+    assert all(torch.equal(found[name], want[name]) for name in found)
+
+
 def test_depthwise_stride_and_layer_norm_stay_plain():
     for kind, is_plain in (
         ("depthwise stride", lambda block: block.depthwise.stride[0] == 2),

@@ -76,7 +76,10 @@ def read_size(content: bytes | Path, *, name: str = "") -> tuple[int, int]:
     """Return (height, width) in px from the header alone, upright. Raises: BadImageError."""
     name = name or (str(content) if isinstance(content, Path) else "picture")
     try:
-        image, orientation = _open(_read(content))
+        data = _read(content)
+        if (size := _plain_jpeg_size(data)) is not None:
+            return size
+        image, orientation = _open(data)
     except MemoryError:
         raise
     except Exception as error:

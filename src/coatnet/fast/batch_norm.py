@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coatnet.fast.operations import run
+from coatnet.fast.operations import fp32, run
 
 Numbers = tuple[float, float]  # eps and momentum
 
@@ -32,7 +32,7 @@ class Moments:
         Moves the running mean and variance on.
         """
         width, (weight, bias), (mean, variance), (eps, momentum) = sums.shape[-1], affine, running, numbers
-        found = torch.empty(4, width)
+        found = fp32(4, width)
         run(
             "BATCH_NORM", images=_num_rows(sums), width=width, cells=count, sums=sums, out=found, scale=weight,
             bias=bias, running_mean=mean, running_variance=variance, eps=eps, momentum=momentum,
@@ -44,7 +44,7 @@ class Moments:
 
         `sums` are of the slope, alone and times the map.
         """
-        out = torch.empty(5, sums.shape[-1])
+        out = fp32(5, sums.shape[-1])
         run(
             "BATCH_NORM_SLOPE", images=_num_rows(sums), width=sums.shape[-1], cells=self.count, sums=sums,
             source=self.found, out=out,
@@ -85,8 +85,9 @@ def _num_rows(sums: Tensor) -> int:
 def gathers(norm: nn.Module) -> bool:
     """Whether a BatchNorm norms by the batch and moves statistics in fp32 on, as the kernels do."""
     assert isinstance(norm, nn.BatchNorm2d)
-    is_plain = norm.running_mean is not None and norm.running_mean.dtype == torch.float32
-    return norm.training and is_plain and norm.momentum is not None
+    running = (norm.running_mean, norm.running_var)
+    are_plain = all(part is not None and part.dtype == torch.float32 and part.is_contiguous() for part in running)
+    return norm.training and are_plain and norm.momentum is not None
 
 
 class BatchNorms:

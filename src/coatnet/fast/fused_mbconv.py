@@ -29,7 +29,7 @@ from coatnet.fast.kernels import (
     to_be_gated,
     total,
 )
-from coatnet.fast.operations import recorded, run, scratch
+from coatnet.fast.operations import fp32, recorded, run, scratch
 from coatnet.model.mbconv import MBConv
 
 NUM_KEPT = 8  # of `_invert`'s input and what it kept: maps and moments
@@ -95,7 +95,7 @@ class Gate:
 
     def gates(self, sums: Tensor) -> Tensor:
         """Return the gates, (B, C) float32, from the sums of what they gate."""
-        out = torch.empty(len(sums), self.width)
+        out = fp32(len(sums), self.width)
         run("GATE", sums=sums, out=out, **self._sizes(sums), **self.weights)
         return out
 
@@ -104,13 +104,13 @@ class Gate:
 
         `sums` are of the gates' gradients and of what they gate. `kept` takes what `gate_slopes` needs, a row an image.
         """
-        gates, slopes = torch.empty(2, len(sums), self.width)
+        gates, slopes = fp32(2, len(sums), self.width)
         made = {"made_gates": gates, "made_slopes": slopes, "out": kept}
         run("EXCITE_SLOPE", sums=sums, **made, **self._sizes(sums), **self.weights)
         return gates, slopes
 
     def room(self, images: int) -> Tensor:
-        return torch.empty(images, 2 * (self.width + self.squeezed))
+        return fp32(images, 2 * (self.width + self.squeezed))
 
 
 def gate_slopes(kept: Tensor, w: Weights) -> tuple[Tensor, ...]:
@@ -211,7 +211,7 @@ def _invert_slope(slope: Tensor, scale_B: Tensor | None, *inputs: Tensor, stride
     expanded_slope, sums, taps_slope = _through_depthwise(w, acted_slope, filtered, mix, expanded, first)
     *norm1_slopes, mix = first.backward(sums)
     source_slope, expand_slope = _through_expand(w, expanded_slope, expanded, mix, source)
-    sums = torch.empty(*source.shape[:2], 2, source.shape[3])
+    sums = fp32(*source.shape[:2], 2, source.shape[3])
     normed_sums(x, source_slope, stride, sums)
     *norm_slopes, mix = zeroth.backward(sums)
     x_slope = torch.empty_like(x)
@@ -255,7 +255,7 @@ def _through_depthwise(
     Returns that gradient, which lies in scratch, its sums, and the taps' gradient, (9, C).
     """
     B, H, _, hidden = expanded.shape
-    tap_sums, expanded_slope = torch.empty(B * -(-H // STRIP), 9, hidden), scratch("expanded slope", expanded.shape)
+    tap_sums, expanded_slope = fp32(B * -(-H // STRIP), 9, hidden), scratch("expanded slope", expanded.shape)
     sums = run_map(
         "DEPTHWISE_SLOPE", expanded, gradient=acted_slope, residual=filtered, weight=w.depthwise, mix=mix,
         weight_sums=tap_sums, out=expanded_slope, **first.fields,

@@ -22,7 +22,7 @@ from coatnet.fast.kernels import (
     run_map,
     sum_of_rows,
 )
-from coatnet.fast.operations import recorded, run, scratch
+from coatnet.fast.operations import fp32, recorded, run, scratch
 from coatnet.model.layers import ConvStem
 
 
@@ -59,12 +59,12 @@ class Stemmed(torch.autograd.Function):
         (first, first_bias, *_), _ = _as_read(weights)
         back = [_of_the_way_back(weight) for weight in weights[4::4]]
         width = first.shape[0]
-        plain = torch.ones(len(slope), width), torch.zeros(len(slope), width)  # as if a squeeze-excite did nothing
+        plain = fp32(len(slope), width).fill_(1), fp32(len(slope), width).zero_()  # as if a squeeze-excite did nothing
         taps, *slopes = _stem_slope(slope, first, first_bias, *plain, *back, *kept)
         channels, side, _ = weights[0].shape[1:]
         taps = taps[:, : side * side * channels].unflatten(1, (side, side, channels)).permute(0, 3, 1, 2)
         # The bias before a norm has no gradient: BatchNorm takes it away again.
-        return None, None, taps, *(torch.zeros(width) if slope is None else slope for slope in slopes)
+        return None, None, taps, *(fp32(width).zero_() if slope is None else slope for slope in slopes)
 
 
 def _as_read(weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -151,7 +151,7 @@ def _slopes(
     """
     B, H, _, width = x.shape
     padded, acted = _bordered("slope", slope, slope), _bordered("acted", x)
-    sums, acted_slope = torch.empty(B, H, 2, width), scratch("expanded slope", x.shape)
+    sums, acted_slope = fp32(B, H, 2, width), scratch("expanded slope", x.shape)
     for group in groups(x):
         _convolve(padded[group], weight, acted_slope[group])
         run_map(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coatnet import native
-from coatnet.fast.operations import Fields, run
+from coatnet.fast.operations import Fields, fp32, run
 from coatnet.fast.packing import PANEL, gates_the_map, padded, panels
 
 BF16 = native.TYPES["BF16"]
@@ -30,7 +30,7 @@ def num_parts(kind: str, lines: int, cells: int) -> int:
 def sums_for(kind: str, source: Tensor) -> Tensor:
     """Return memory for a kernel's sums over a map (images, lines, cells, channels): (images, parts, 2, channels)."""
     images, lines, cells, width = source.shape
-    return torch.empty(images, num_parts(kind, lines, cells), 2, width)
+    return fp32(images, num_parts(kind, lines, cells), 2, width)
 
 
 def run_map(kind: str, source: Tensor, *, sums: Tensor | None = None, **fields: Fields) -> Tensor:
@@ -39,14 +39,14 @@ def run_map(kind: str, source: Tensor, *, sums: Tensor | None = None, **fields: 
     if kind not in BY_STRIP and "out_line" not in fields and num_parts(kind, lines, cells) == 1:
         lines, cells = 1, lines * cells  # pixel by pixel: as good as one line
     if sums is None:
-        sums = torch.empty(images, lines if "out_line" in fields else num_parts(kind, lines, cells), 2, width)
+        sums = fp32(images, lines if "out_line" in fields else num_parts(kind, lines, cells), 2, width)
     run(kind, images=images, lines=lines, cells=cells, width=width, source=source, sums=sums, **fields)
     return sums
 
 
 def total(sums: Tensor) -> Tensor:
     """Return the sum over the first dimension, float32."""
-    out = torch.empty(sums.shape[1:])
+    out = fp32(*sums.shape[1:])
     run("TOTAL", cells=len(sums), width=out.numel(), sums=sums, out=out)
     return out
 
@@ -142,7 +142,7 @@ class WeightSlope:
     def __init__(self, N: int, K: int, *, segments: int = 1) -> None:
         self.segments = segments
         self.parts = 2 if 4 * N * K * segments <= SMALL_WEIGHT_BYTES else 1
-        self.weights, self.biases = torch.empty(self.parts, N, segments * K), torch.empty(self.parts, N)
+        self.weights, self.biases = fp32(self.parts, N, segments * K), fp32(self.parts, N)
         self.adds = 0
 
     def add(self, slope: Tensor, x: Tensor, *, cells: int | None = None, segment_stride: int = 0) -> WeightSlope:

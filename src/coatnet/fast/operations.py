@@ -49,6 +49,11 @@ class _Ours(threading.local):
 _OURS = _Ours()
 
 
+def fp32(*shape: int) -> Tensor:
+    """Return memory for so many fp32 numbers, whatever torch takes otherwise."""
+    return torch.empty(shape, dtype=torch.float32)
+
+
 def scratch(name: str, shape: Sequence[int]) -> Tensor:
     """Return memory for a bf16 map of this shape, which the next request by the same name in a function overwrites.
 
@@ -62,13 +67,16 @@ def recorded(body: Callable[..., Made]) -> Callable[..., Made]:
     """Make a function of tensors, whose work is done by `run`, write its operations down once for each size of input.
 
     Positional arguments are tensors or None; the others are what else the operations depend on. It is recorded with
-    tensors that have no memory ("meta"): in it torch may ask for memory (`torch.empty`, `scratch`) and take views, and
-    nothing else. What it does not return lies in memory that this thread's next recorded function overwrites.
-    Raises: RuntimeError where torch is to compute.
+    tensors that have no memory ("meta"): in it torch may ask for memory (`torch.empty` of a given dtype, `scratch`) and
+    take views, and nothing else; it calls no other recorded function. What it does not return lies in memory that this
+    thread's next recorded function overwrites, so scratch is never returned.
+
+    Raises: RuntimeError where torch is to do anything else; AssertionError for what breaks another of these rules.
     """
 
     @wraps(body)
     def carried_out(*inputs: Tensor | None, **options: Hashable) -> Made:
+        assert _OURS.recorder is None, f"{body.__name__} is called in a function that is recorded"
         signatures = tuple(x if x is None else (x.shape, x.stride(), x.dtype) for x in inputs)
         return cast("Made", _record(body, signatures, tuple(options.items())).carry_out(inputs))
 
@@ -104,10 +112,13 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        if "empty" in func.name():
+        has_dtype = func is not torch.ops.aten.empty.memory_format or (kwargs or {}).get("dtype")
+        if "empty" in func.name() and has_dtype:
             self.made.append(found)
         elif not func.is_view:
-            raise RuntimeError(f"A recorded function only asks for memory and takes views, and {func} computes.")
+            raise RuntimeError(
+                f"A recorded function only asks for memory, of a given dtype, and takes views: not {func}."
+            )
         return found
 
     def scratch(self, name: str, count: int) -> Tensor:
@@ -127,14 +138,16 @@ class _Recording:
 
     def __init__(self, recorder: _Recorder, inputs: Tensors, returned: Tensors) -> None:
         results = {_storage(x) for x in returned if x is not None}
+        assert not results & {_storage(x) for x in recorder.scratches.values()}, "scratch is returned"
         self.made = [x for x in recorder.made if _storage(x) in results]
         apart = [*inputs, *self.made]
         bases = {_storage(x): (number, 0) for number, x in enumerate(apart) if x is not None}
         starts, self.arena_bytes = _lay_out(recorder, bases)
         bases.update((storage, (len(apart), start)) for storage, start in starts.items())
-        self.returned = [None if x is None else (bases[_storage(x)][0], x) for x in returned]
+        self.returned = [None if x is None else (_base(x, bases)[0], x) for x in returned]
         ops = (native.Op * len(recorder.gathered))(*(op for op, _ in recorder.gathered))
         self.table = np.frombuffer(bytes(ops), np.int64).copy()
+        assert recorder.gathered, "nothing is recorded"
         addresses = [
             (row * len(COLUMNS) + COLUMNS[name], *_base(x, bases))
             for row, (_, fields) in enumerate(recorder.gathered)

@@ -1,7 +1,7 @@
 """Kernels of our own for the network's inference and training, in C++ for x86 processors with AVX-512.
 
 They are built when the package is installed, where a compiler is at hand; nothing else needs them. A plan is a table
-of operations (`op.h`), made by `coatnet.fast.plan`; `run` carries it out.
+of operations (`op.h`), made by `coatnet.fast.plan` or `operations`; `run` carries it out.
 """
 
 from __future__ import annotations

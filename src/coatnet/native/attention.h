@@ -86,15 +86,21 @@ INLINE void match(const Op& op, const char* queries, int64_t stride, const char*
 #pragma GCC unroll 2
     for (int half = 0; half < V; half++) {
         const int64_t first = token + half * 16;
-        const std::vector<Run>& runs = biases.runs[first / 16];
-        const Run run = op.relative == PRE ? runs[0] : Run{0, 0};
-#pragma GCC unroll 14
-        for (int r = 0; r < R; r++)
-            sums[r][half] = _mm512_fmadd_ps(sums[r][half], factor, _mm512_maskz_loadu_ps(run.keys, places[r] + run.at));
-        for (size_t i = 1; op.relative == PRE && i < runs.size(); i++)
+        if (op.relative == PRE) {
+            const std::vector<Run>& runs = biases.runs[first / 16];
 #pragma GCC unroll 14
             for (int r = 0; r < R; r++)
-                sums[r][half] = _mm512_add_ps(sums[r][half], _mm512_maskz_loadu_ps(runs[i].keys, places[r] + runs[i].at));
+                sums[r][half] = _mm512_fmadd_ps(sums[r][half], factor,
+                                                _mm512_maskz_loadu_ps(runs[0].keys, places[r] + runs[0].at));
+            for (size_t i = 1; i < runs.size(); i++)
+#pragma GCC unroll 14
+                for (int r = 0; r < R; r++)
+                    sums[r][half] = _mm512_add_ps(sums[r][half],
+                                                  _mm512_maskz_loadu_ps(runs[i].keys, places[r] + runs[i].at));
+        } else {
+#pragma GCC unroll 14
+            for (int r = 0; r < R; r++) sums[r][half] = _mm512_mul_ps(sums[r][half], factor);
+        }
         const __mmask16 mask = tail(op.lines * op.cells - first);
 #pragma GCC unroll 14
         for (int r = 0; r < R; r++) {

@@ -5,7 +5,8 @@
 
 #include "attention.h"
 
-// Scratch for one head of one image. Rows beyond the last token are zeros.
+// Scratch for one head of one image. What is packed is zero beyond the last token. Of logits, weights and slopes only keys up
+// to the tokens made a multiple of 16 are written, and products read no further than the tokens made even.
 struct HeadSlope {
     int64_t tokens, padded;
     char *keys, *values, *keys_by_token, *queries_by_token, *slopes_by_token;  // packed, in two ways

@@ -1,4 +1,5 @@
-// What is done to maps of pixels beside products: unfolding, 3x3 depthwise convolution, pooling, norm, mean, conversion.
+// What is done to maps of pixels beside products: unfolding, 3x3 depthwise convolution, pooling, norm, mean, conversion; for
+// training, branches that are scaled by image, and borders.
 #pragma once
 #include <limits>
 #include <vector>

@@ -1,4 +1,4 @@
-// One row of a plan: what to do with which buffers. `plan.py` writes the rows, `run` carries them out in order.
+// One row of a plan: what to do with which buffers. `plan.py` and `operations.py` write rows, `run` carries them out in order.
 // Every field is 64 bits wide, so that both languages lay the struct out alike. Strides are in bytes.
 #pragma once
 #include <cstdint>
