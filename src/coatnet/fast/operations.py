@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Container, Hashable, Sequence
 from functools import lru_cache, wraps
+from mmap import mmap
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -43,7 +44,16 @@ class _Ours(threading.local):
 
     def __init__(self) -> None:
         self.recorder: _Recorder | None = None
-        self.arena = torch.empty(0, dtype=torch.uint8)
+        self.arena = np.empty(0, np.uint8)
+
+    def arena_of(self, num_bytes: int) -> int:
+        """Return the address of so many bytes, from the start of a page on.
+
+        They come from the system and not from the heap, where an arena that became too small would leave a hole.
+        """
+        if self.arena.nbytes < num_bytes:
+            self.arena = np.frombuffer(mmap(-1, num_bytes), np.uint8)
+        return self.arena.ctypes.data
 
 
 _OURS = _Ours()
@@ -159,10 +169,8 @@ class _Recording:
 
     def carry_out(self, inputs: Tensors) -> tuple[Tensor | None, ...]:
         known = [*inputs, *(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu") for x in self.made)]
-        if _OURS.arena.nbytes < self.arena_bytes + CACHE_LINE:
-            _OURS.arena = torch.empty(self.arena_bytes + CACHE_LINE, dtype=torch.uint8, device="cpu")
         addresses = [0 if x is None else x.data_ptr() for x in known]
-        addresses.append(-(-_OURS.arena.data_ptr() // CACHE_LINE) * CACHE_LINE)
+        addresses.append(_OURS.arena_of(self.arena_bytes))
         table = self.table.copy()
         table[self.places] += np.array(addresses, np.int64)[self.bases]
         native.run((native.Op * (len(table) // len(COLUMNS))).from_buffer(table.data), torch.get_num_threads())
