@@ -93,7 +93,7 @@ def _stem(images: Tensor, *inputs: Tensor, stride: int, numbers: tuple[Numbers, 
     `inputs` are of the convolutions weights and biases, of the norms the same, and their running statistics.
     """
     num_norms = len(numbers)
-    convolutions, norms = pairs(inputs[: 2 * num_norms + 2]), pairs(inputs[2 * num_norms + 2 :])
+    convolutions, norms = _pairs(inputs[: 2 * num_norms + 2]), _pairs(inputs[2 * num_norms + 2 :])
     patches = _unfold(images, stride)
     made, found = [Weight(convolutions[0][0].T, convolutions[0][1]).product(patches)], list[Tensor]()
     for number, (weight, bias) in enumerate(convolutions[1:]):
@@ -127,7 +127,7 @@ def _stem_slope(
     return WeightSlope(slope.shape[3], patches.shape[3]).add(slope, patches).total()[0], *slopes[::-1]
 
 
-def pairs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _pairs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(parts[::2], parts[1::2], strict=True))
 
 

@@ -41,6 +41,7 @@ def weights_of_attention(block: Transformer) -> tuple[Tensor | None, ...]:
 
 
 NUM_WEIGHTS = 8  # of the first half
+NUM_KEPT = 11  # of both scales, the biases, the map, and what `_transform` kept
 
 
 class Transformed(torch.autograd.Function):
@@ -72,9 +73,7 @@ class Transformed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        num_weights = len(ctx.needs_input_grad) - 5
-        saved = ctx.saved_tensors
-        kept, weights = saved[:-num_weights], saved[-num_weights:]
+        kept, weights = ctx.saved_tensors[:NUM_KEPT], ctx.saved_tensors[NUM_KEPT:]
         slope = bf16_rows(slope.permute(0, 2, 3, 1))
         x_slope, *slopes = _transform_slope(slope, *kept, *floats(weights), **ctx.options)
         return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, None, *slopes
@@ -104,35 +103,19 @@ def _transform(
 
 
 @recorded
-def _transform_slope(
-    slope: Tensor,
-    scale_B: Tensor | None,
-    ffn_scale_B: Tensor | None,
-    bias: Tensor | None,
-    x: Tensor,
-    shortened: Tensor,
-    source: Tensor,
-    queries: Tensor,
-    mixed: Tensor,
-    y: Tensor,
-    ffn_source: Tensor,
-    hidden: Tensor,
-    *weights: Tensor,
-    heads: int,
-    pooled: bool,
-) -> tuple[Any, ...]:
-    """Return the gradients of x, of the biases and of the weights."""
+def _transform_slope(slope: Tensor, *inputs: Any, heads: int, pooled: bool) -> tuple[Any, ...]:
+    """Return the gradients of x, of the biases and of the weights.
+
+    `inputs` are both scales, the biases, the map, what `_transform` kept, and the weights.
+    """
+    kept, weights = inputs[:NUM_KEPT], inputs[NUM_KEPT:]
+    scale_B, ffn_scale_B, bias, x, shortened, source, queries, mixed, y, ffn_source, hidden = kept
     norm, norm_bias, qkv, _, project, _, *projection = weights[:NUM_WEIGHTS]
     slope, *ffn_slopes = _feed_slope(slope, ffn_scale_B, y, ffn_source, hidden, *weights[NUM_WEIGHTS:])
     past, projection_slopes = shorten_slope(shortened, slope, Projection(*projection))
     slope = slope if scale_B is None else scaled(slope, scale_B)
     project_slopes = WeightSlope(*project.shape).add(slope, mixed).total()
-    mixed_slope, queries_slope = Weight(project).product(slope), torch.empty_like(queries)
-    bias_slope = None if bias is None else torch.empty_like(bias)
-    run(
-        "ATTENTION_SLOPE", source=queries, residual=mixed, gradient=mixed_slope, out=queries_slope,
-        weight_sums=0 if bias_slope is None else bias_slope, **_attention(mixed, bias, heads),
-    )  # fmt: skip
+    queries_slope, bias_slope = _through_attention(Weight(project).product(slope), queries, mixed, bias, heads)
     qkv_slopes = WeightSlope(*qkv.shape).add(queries_slope, source).total()
     normed_slope = Weight(qkv).product(queries_slope)
     if pooled:
@@ -141,6 +124,18 @@ def _transform_slope(
         past = pool_slope(x, past, torch.empty_like(x))
     x_slope, norm_slopes = norm_slope(x, normed_slope, norm, past)
     return x_slope, bias_slope, *norm_slopes, *qkv_slopes, *project_slopes, *projection_slopes, *ffn_slopes
+
+
+def _through_attention(
+    slope: Tensor, queries: Tensor, mixed: Tensor, bias: Tensor | None, heads: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of queries, keys and values, and of the biases, from that of `mixed`."""
+    queries_slope, bias_slope = torch.empty_like(queries), None if bias is None else torch.empty_like(bias)
+    run(
+        "ATTENTION_SLOPE", source=queries, residual=mixed, gradient=slope, out=queries_slope,
+        weight_sums=0 if bias_slope is None else bias_slope, **_attention(mixed, bias, heads),
+    )  # fmt: skip
+    return queries_slope, bias_slope
 
 
 def _attention(mixed: Tensor, bias: Tensor | None, heads: int) -> dict[str, Fields]:
