@@ -202,8 +202,9 @@ def test_depthwise_stride_and_layer_norm_stay_plain():
             assert (type(block) is MBConv) == is_plain(block), f"{kind}: {block}"
 
 
-def test_checkpointed_activations_give_the_same_gradients_and_statistics():
-    model, x = network(config_of(), training=True), images(4, SIZE)
+@pytest.mark.parametrize("kind", ["CCTT", "heads of 32"])
+def test_checkpointed_activations_give_the_same_gradients_and_statistics(kind: str):
+    model, x = network(config_of(kind), training=True), images(4, SIZE)
     _, want, statistics = pass_through(fused_of(model), x)
     checkpointed = fused_of(model)
     checkpointed.activation_checkpointing = True

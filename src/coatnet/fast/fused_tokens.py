@@ -73,7 +73,8 @@ class Transformed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        kept, weights = ctx.saved_tensors[:NUM_KEPT], ctx.saved_tensors[NUM_KEPT:]
+        saved = ctx.saved_tensors  # asked for once, as a checkpoint computes them
+        kept, weights = saved[:NUM_KEPT], saved[NUM_KEPT:]
         slope = bf16_rows(slope.permute(0, 2, 3, 1))
         x_slope, *slopes = _transform_slope(slope, *kept, *floats(weights), **ctx.options)
         return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, None, *slopes
