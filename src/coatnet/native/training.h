@@ -21,19 +21,27 @@ INLINE void keep_sums(const Op& op, int64_t unit, int64_t c, __mmask16 mask, __m
     _mm512_mask_storeu_ps(next, mask, _mm512_add_ps(second, _mm512_maskz_loadu_ps(added, next)));
 }
 
+constexpr int64_t AHEAD = 4096;  // bytes that are fetched before they are asked for
+
 // 16 channels of one pixel: where they are, what BatchNorm does to them, and what is summed over the line's pixels.
 struct Channels {
     int64_t image, first, moved;  // the last: bytes that `out` lies further than the other maps, where it has a border
     __mmask16 mask;
     __m512 factor = _mm512_setzero_ps(), shift = factor, sum = factor, second = factor;
-    INLINE __m512 read(const char* map, int64_t at) const { return load<BF16>(map + at, mask); }
+    INLINE __m512 read(const char* map, int64_t at) const {
+        _mm_prefetch(map + at + AHEAD, _MM_HINT_T0);
+        return load<BF16>(map + at, mask);
+    }
+    INLINE void write(char* map, int64_t at, __m512 value) const {
+        __builtin_prefetch(map + at + AHEAD, 1, 3);  // it may still be another thread's
+        store<BF16>(map + at, value, mask);
+    }
     INLINE __m512 normed(__m512 value) const { return _mm512_fmadd_ps(value, factor, shift); }
 };
 
 enum Sums { NO_SUMS, ONE_SUM, TWO_SUMS };  // of each line; the second is 0 where there is one
 
-constexpr int64_t AHEAD = 2048;  // bytes
-constexpr int64_t SPAN = 512;  // channels whose sums and factors stay in the first cache
+constexpr int64_t SPAN = 1024;  // channels whose sums and factors stay in the first cache; more is a second walk
 
 // Call `pixel(channels, at)` for every 16 channels of every pixel, `at` bytes into any of the maps. Memory is walked in its
 // order, a span of channels at a time: crosswise, each cache line would be waited for and come twice. The row of the plan
@@ -79,7 +87,7 @@ inline void acted(const Op op, int64_t thread, int64_t threads) {
     each_pixel<ONE_SUM, true>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
         const __m512 a = gelu<false>(s.normed(s.read(op.source, at)));
         s.sum = _mm512_add_ps(s.sum, a);
-        store<BF16>(op.out + at + s.moved, a, s.mask);
+        s.write(op.out, at + s.moved, a);
     });
 }
 
@@ -100,14 +108,12 @@ inline void acted_slope(const Op op, int64_t thread, int64_t threads) {
         const __m512 mean_slope = by_channel(op.mean_slopes + s.image * op.width, s.first, s.mask);
         const __m512 h = s.read(op.source, at), z = s.normed(h);
         const Gelu a = gelu_with_slope(z);
-        __builtin_prefetch(op.gradient + at + AHEAD, 1, 3);  // what is written may still be another thread's
-        __builtin_prefetch(op.out + at + s.moved + AHEAD, 1, 3);
-        store<BF16>(op.out + at + s.moved, _mm512_mul_ps(a.value, gate), s.mask);
+        s.write(op.out, at + s.moved, _mm512_mul_ps(a.value, gate));
         const __m512 above = _mm512_fmadd_ps(s.read(op.gradient, at), gate, mean_slope);
         const __m512 slope = _mm512_mul_ps(above, a.slope);
         s.sum = _mm512_add_ps(s.sum, slope);
         s.second = _mm512_fmadd_ps(slope, h, s.second);
-        store<BF16>(op.gradient + at, slope, s.mask);
+        s.write(op.gradient, at, slope);
     });
 }
 
@@ -136,6 +142,9 @@ class Ring {
     }
 };
 
+// While a line is computed crosswise, 16 channels of all pixels at a time, what comes after it is fetched in the order of
+// memory: how far that is once channel c of pixel x is at hand, in bytes from a line's start.
+INLINE int64_t fetched(const Op& op, int64_t c, int64_t x) { return 2 * (c * op.cells + 16 * x); }
 
 // ACTED_DEPTHWISE: out = 3x3 depthwise convolution of gelu(factor * source + shift), and the moments of out.
 inline void acted_depthwise(const Op op, int64_t thread, int64_t threads) {
@@ -167,6 +176,7 @@ inline void acted_depthwise(const Op op, int64_t thread, int64_t threads) {
                 __m512 before = _mm512_setzero_ps(), here = before;
                 char* out = op.out + line * line_bytes(op) + 2 * c;
                 for (int64_t x = 0; x <= op.cells; x++) {
+                    if (x % 2 == 0) __builtin_prefetch(op.out + (line + 1) * line_bytes(op) + fetched(op, c, x), 1, 2);
                     __m512 after = _mm512_setzero_ps();
 #pragma GCC unroll 3
                     for (int k = 0; k < 3; k++) {
@@ -208,10 +218,6 @@ inline void depthwise_slope(const Op op, int64_t thread, int64_t threads) {
         const int64_t start = (image * op.lines + y) * line_bytes(op);
         ring.fill(op, y, [&](int64_t at, int64_t c, __mmask16 mask) INLINE_LAMBDA {
             at += start;
-            _mm_prefetch(op.gradient + at + AHEAD, _MM_HINT_T0);
-            _mm_prefetch(op.residual + at + AHEAD, _MM_HINT_T0);
-            _mm_prefetch(op.source + at - line_bytes(op), _MM_HINT_T1);  // the line before, which is read and written next,
-            __builtin_prefetch(op.out + at - line_bytes(op), 1, 2);      // crosswise: 16 channels of all pixels at a time
             return mixture(op, load<BF16>(op.gradient + at, mask), load<BF16>(op.residual + at, mask), c, mask);
         });
     };
@@ -236,6 +242,13 @@ inline void depthwise_slope(const Op op, int64_t thread, int64_t threads) {
                 const float* lines[3] = {ring.at(y + 1, c), ring.at(y, c), ring.at(y - 1, c)};
                 for (int64_t x = 0; x < op.cells; x++) {
                     const int64_t at = 2 * (x * op.width + c);
+                    if (x % 2 == 0) {  // every 64 bytes
+                        const int64_t next = (line + 1) * line_bytes(op) + fetched(op, c, x), after = next + line_bytes(op);
+                        _mm_prefetch(op.source + next, _MM_HINT_T1);
+                        __builtin_prefetch(op.out + next, 1, 2);
+                        _mm_prefetch(op.gradient + after, _MM_HINT_T1);
+                        _mm_prefetch(op.residual + after, _MM_HINT_T1);
+                    }
                     const __m512 h = load<BF16>(op.source + line * line_bytes(op) + at, mask);
                     const __m512 z = _mm512_fmadd_ps(h, factor, shift);
                     const Gelu a = gelu_with_slope(z);
@@ -262,6 +275,6 @@ inline void depthwise_slope(const Op op, int64_t thread, int64_t threads) {
 // MIXED: out = mix0 * gradient + mix1 * source + mix2.
 inline void mixed(const Op op, int64_t thread, int64_t threads) {
     each_pixel<NO_SUMS, false>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
-        store<BF16>(op.out + at, mixture(op, s.read(op.gradient, at), s.read(op.source, at), s.first, s.mask), s.mask);
+        s.write(op.out, at, mixture(op, s.read(op.gradient, at), s.read(op.source, at), s.first, s.mask));
     });
 }
