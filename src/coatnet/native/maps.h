@@ -66,6 +66,8 @@ void depthwise_line(const Op& op, int64_t image, int64_t y) {
     const float* weights = (const float*)op.weight;  // (9, C)
     char* out = op.out + (image * op.lines + y) * op.cells * op.width * bytes(OUT);
     float* sums = op.sums + (image * op.lines + y) * op.width;
+    const char* next = op.source + (image * op.in_lines + y + 2) * op.in_cells * op.width * bytes(TYPE);
+    char* out_next = out + op.cells * op.width * bytes(OUT);
     for (int64_t c = 0; c < op.width; c += 16) {
         const __mmask16 mask = tail(op.width - c);
         __m512 w[3][3], sum = _mm512_setzero_ps();
@@ -88,6 +90,9 @@ void depthwise_line(const Op& op, int64_t image, int64_t y) {
         if (op.stride == 1) {  // each pixel is loaded once and serves the sums of three
             __m512 before = bias, here = bias;
             for (int64_t x = 0; x < op.in_cells; x++) {
+                const int64_t along = c * op.in_cells + 16 * x;  // values
+                if (x % (4 / bytes(TYPE)) == 0) _mm_prefetch(next + along * bytes(TYPE), _MM_HINT_T1);
+                if (x % (4 / bytes(OUT)) == 0) __builtin_prefetch(out_next + along * bytes(OUT), 1, 2);
                 __m512 after = bias;
 #pragma GCC unroll 3
                 for (int k = 0; k < 3; k++) {
