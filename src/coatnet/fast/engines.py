@@ -43,22 +43,21 @@ class OptimizedModel(ABC):
 
     def __init__(self, folded: CoAtNet, precision: Precision) -> None:
         self.folded = folded
+        self.device = folded.classifier.weight.device
         self.precision: Precision = precision
         self.notes: list[str] = []
 
     def __call__(self, images: Tensor) -> Tensor:
         """Classify images. Raises: ConfigError if they are not (B, C, H, W) of floats, of C channels."""
         self.folded.check_images(images)
-        weight = self.folded.classifier.weight
+        images = images.to(self.device, torch.float32)
         if images.shape[0] == 0:
-            return weight.new_zeros((0, self.folded.config.num_classes), dtype=torch.float32)
-        with torch.inference_mode():
-            logits = self._logits(images.to(weight.device, torch.float32))
-        return logits.clone()  # a tensor like any other, which may be changed in place and learnt from
+            return images.new_zeros(0, self.folded.config.num_classes)
+        return self._logits(images)
 
     @abstractmethod
     def _logits(self, images: Tensor) -> Tensor:
-        """Classify one or more checked images."""
+        """Classify one or more checked images: a tensor like any other, which may be changed in place and learnt from."""
 
 
 class _Native(OptimizedModel):
@@ -74,16 +73,17 @@ class _Native(OptimizedModel):
         self.turn = threading.Lock()
 
     def _logits(self, images: Tensor) -> Tensor:
-        threads = torch.get_num_threads()
+        # Beside one image's work each operation of torch is felt here.
+        (count, _, height, width), threads = images.shape, torch.get_num_threads()
+        means = images.new_empty(count, self.folded.num_features)
+        logits = images.new_empty(count, self.folded.config.num_classes)
+        most = max(1, CHUNK_BYTES // (VALUE_BYTES[self.precision] * height * width))
         with self.turn:
-            means = torch.cat([plan.run(chunk, threads).clone() for plan, chunk in self._chunks(images)])
-            return self.head(len(images)).run(means, threads).clone()
-
-    def _chunks(self, images: Tensor) -> Iterator[tuple[Plan, Tensor]]:
-        height, width = images.shape[-2:]
-        num_images = CHUNK_BYTES // (VALUE_BYTES[self.precision] * height * width)
-        for chunk in images.split(max(1, num_images)):
-            yield self.plan(len(chunk), height, width), chunk
+            chunks = [(images, means)] if count <= most else zip(images.split(most), means.split(most), strict=True)
+            for chunk, its_means in chunks:
+                self.plan(len(chunk), height, width).run(chunk, its_means, threads)
+            self.head(count).run(means, logits, threads)
+        return logits
 
 
 class _OpenVINO(OptimizedModel):
@@ -116,8 +116,9 @@ class _Torch(OptimizedModel):
         self.network = compile_for_sizes(network) if compiled else network
 
     def _logits(self, images: Tensor) -> Tensor:
-        with many_forms():
-            return self.network(images.to(self.dtype, memory_format=torch.channels_last)).float()
+        with torch.inference_mode(), many_forms():
+            logits = self.network(images.to(self.dtype, memory_format=torch.channels_last))
+        return logits.float().clone()
 
 
 class _Cuda(OptimizedModel):
@@ -130,7 +131,9 @@ class _Cuda(OptimizedModel):
         self.graphed = Graphed(folded, _dtype(precision))
 
     def _logits(self, images: Tensor) -> Tensor:
-        return self.graphed(images)
+        with torch.inference_mode():
+            logits = self.graphed(images)
+        return logits.clone()
 
 
 def _dtype(precision: Precision) -> torch.dtype:

@@ -42,30 +42,30 @@ def why_not(config: ModelConfig) -> str | None:
 class Plan(Rows):
     """The operations up to the means over S4's map, for a number of images of one size.
 
-    `run` takes images (images, C, H, W) float32 in any memory layout and returns the means, (images, D) float32.
+    `run` takes images (images, C, H, W) float32 in any memory layout and gives means (images, D).
     """
 
     def __init__(self, packing: Packing, images: int, height: int, width: int) -> None:
         super().__init__(packing, images)
-        self.means = torch.empty(images, packing.network.num_features)
         self._trace(height, width)
         self._close()
 
-    def run(self, given: Tensor, num_threads: int) -> Tensor:
+    def run(self, given: Tensor, out: Tensor, num_threads: int) -> None:
         first = self.ops[0]
         images = native.within_reach(given)
         strides = [4 * step for step in images.stride()]
         first.source = images.data_ptr()
         first.source_image, first.source_channel, first.source_line, first.source_cell = strides
+        self.ops[len(self.ops) - 1].out = out.data_ptr()
         native.run(self.ops, num_threads)
-        return self.means
 
     def _trace(self, height: int, width: int) -> None:
         network = self.packing.network
         x = self._stem(network.s0, height, width)
         for block in network.blocks:
             x = self._mbconv(block, x) if isinstance(block, MBConv) else self._transformer(block, x)
-        self._add("MEAN", x, self.means, in_lines=x.data.shape[1], in_cells=x.data.shape[2], width=x.data.shape[3])
+        means = torch.empty(self.images, network.num_features)  # `run` gives others of this shape
+        self._add("MEAN", x, means, in_lines=x.data.shape[1], in_cells=x.data.shape[2], width=x.data.shape[3])
 
     # The parts of the network, each as the rows that compute it
 
@@ -223,23 +223,22 @@ class HeadPlan(Rows):
     """The operations from the means of so many images to their logits: LayerNorm, Dense + tanh, classifier.
 
     They take all images at once, so that the weights are read once a call. 8 bits stay out of them.
-    `run` takes means (images, D) float32 and returns logits (images, K) float32.
+    `run` takes means (images, D) and gives logits (images, K).
     """
 
     def __init__(self, packing: Packing, images: int) -> None:
         super().__init__(packing, images)
         network = packing.network
-        means = torch.empty(images, 1, 1, network.num_features)  # `run` gives others of this shape
-        self.logits = torch.empty(images, 1, 1, network.config.num_classes)
+        # `run` gives others of these shapes.
+        means, logits = (torch.empty(images, 1, 1, width) for width in (network.num_features, network.config.num_classes))
         x = self._norm(network.norm, Map(means))
         if network.pre_logits is not None:
             x = self._product("dense", x, network.pre_logits, part=HEAD_PART)
             self._add("TANH", x, x.data, width=x.data.shape[3])
-        self._product("logits", x, network.classifier, out=Map(self.logits), part=HEAD_PART)
+        self._product("logits", x, network.classifier, out=Map(logits), part=HEAD_PART)
         self._close()
 
-    def run(self, given: Tensor, num_threads: int) -> Tensor:
-        means = given.contiguous()
-        self.ops[0].source = means.data_ptr()
+    def run(self, given: Tensor, out: Tensor, num_threads: int) -> None:
+        self.ops[0].source = given.data_ptr()
+        self.ops[len(self.ops) - 1].out = out.data_ptr()
         native.run(self.ops, num_threads)
-        return self.logits[:, 0, 0]

@@ -50,8 +50,8 @@ class Rows(ABC):
         self.scratch: dict[str, Tensor] = {}
 
     @abstractmethod
-    def run(self, given: Tensor, num_threads: int) -> Tensor:
-        """Carry the rows out. The result is overwritten by the next run."""
+    def run(self, given: Tensor, out: Tensor, num_threads: int) -> None:
+        """Carry the rows out, from what is given into `out`, both float32 and the latter contiguous."""
 
     def _close(self) -> None:
         self.ops = (native.Op * len(self.rows))(*(native.Op(**row) for row in self.rows))
