@@ -53,21 +53,24 @@ void unfold(const Op& op, int64_t thread, int64_t threads) {
     }
 }
 
+// Addresses are counted up from pixel to pixel: to multiply for each of them takes as long as the convolution.
 template <int TYPE, int OUT>
-void depthwise_line(const Op& op, int64_t image, int64_t y) {
+void depthwise_line(const Op op, int64_t image, int64_t y) {
+    const int64_t pixel = op.width * bytes(TYPE), out_pixel = op.width * bytes(OUT);
     const char* lines[3];
     int64_t along[3];  // bytes from pixel to pixel; 0 on the line beyond the edge, which is one pixel of zeros
     for (int k = 0; k < 3; k++) {
         const int64_t line = y * op.stride + k - 1;
         const bool inside = line >= 0 && line < op.in_lines;
-        lines[k] = inside ? op.source + (image * op.in_lines + line) * op.in_cells * op.width * bytes(TYPE) : op.pad;
-        along[k] = inside ? op.width * bytes(TYPE) : 0;
+        lines[k] = inside ? op.source + (image * op.in_lines + line) * op.in_cells * pixel : op.pad;
+        along[k] = inside ? pixel : 0;
     }
     const float* weights = (const float*)op.weight;  // (9, C)
-    char* out = op.out + (image * op.lines + y) * op.cells * op.width * bytes(OUT);
-    float* sums = op.sums + (image * op.lines + y) * op.width;
-    const char* next = op.source + (image * op.in_lines + y + 2) * op.in_cells * op.width * bytes(TYPE);
-    char* out_next = out + op.cells * op.width * bytes(OUT);
+    char* const out = op.out + (image * op.lines + y) * op.cells * out_pixel;
+    float* const sums = op.sums + (image * op.lines + y) * op.width;
+    // What comes after this line, fetched in the order of memory while it is computed crosswise.
+    const char* next = op.source + (image * op.in_lines + y + 2) * op.in_cells * pixel;
+    const char* next_out = out + op.cells * out_pixel;
     for (int64_t c = 0; c < op.width; c += 16) {
         const __mmask16 mask = tail(op.width - c);
         __m512 w[3][3], sum = _mm512_setzero_ps();
@@ -76,45 +79,48 @@ void depthwise_line(const Op& op, int64_t image, int64_t y) {
         const __m512 zero = TYPE == UINT8 ? _mm512_maskz_loadu_ps(mask, op.source_zero + c) : bias;
         const __m512 scale = OUT == UINT8 ? _mm512_maskz_loadu_ps(mask, op.out_scale + c) : bias;
         const __m512 shift = OUT == UINT8 ? _mm512_maskz_loadu_ps(mask, op.out_zero + c) : bias;
-        const char* at[3] = {lines[0] + c * bytes(TYPE), lines[1] + c * bytes(TYPE), lines[2] + c * bytes(TYPE)};
-        auto value = [&](int k, int64_t x) INLINE_LAMBDA {
-            const __m512 raw = mask == 0xffff ? load<TYPE>(at[k] + x * along[k]) : load<TYPE>(at[k] + x * along[k], mask);
+        auto value = [&](const char* from) INLINE_LAMBDA {
+            const __m512 raw = load<TYPE>(from, mask);
             return TYPE == UINT8 ? _mm512_sub_ps(raw, zero) : raw;
         };
-        auto emit = [&](int64_t x, __m512 total) INLINE_LAMBDA {
+        char* to = out + c * bytes(OUT);
+        auto emit = [&](__m512 total) INLINE_LAMBDA {
             total = gelu<TYPE == FP32>(total);
             sum = _mm512_add_ps(sum, total);
             if (OUT == UINT8) total = _mm512_fmadd_ps(total, scale, shift);
-            store<OUT>(out + (x * op.width + c) * bytes(OUT), total, mask);
+            store<OUT>(to, total, mask);
+            to += out_pixel;
         };
+        const char* at[3] = {lines[0] + c * bytes(TYPE), lines[1] + c * bytes(TYPE), lines[2] + c * bytes(TYPE)};
         if (op.stride == 1) {  // each pixel is loaded once and serves the sums of three
             __m512 before = bias, here = bias;
             for (int64_t x = 0; x < op.in_cells; x++) {
-                const int64_t along = c * op.in_cells + 16 * x;  // values
-                if (x % (4 / bytes(TYPE)) == 0) _mm_prefetch(next + along * bytes(TYPE), _MM_HINT_T1);
-                if (x % (4 / bytes(OUT)) == 0) __builtin_prefetch(out_next + along * bytes(OUT), 1, 2);
+                if (x % (4 / bytes(TYPE)) == 0) _mm_prefetch(next, _MM_HINT_T1);  // every 64 bytes
+                if (x % (4 / bytes(OUT)) == 0) __builtin_prefetch(next_out, 1, 2);
+                next += 16 * bytes(TYPE), next_out += 16 * bytes(OUT);
                 __m512 after = bias;
 #pragma GCC unroll 3
                 for (int k = 0; k < 3; k++) {
-                    const __m512 v = value(k, x);
+                    const __m512 v = value(at[k]);
+                    at[k] += along[k];
                     before = _mm512_fmadd_ps(v, w[k][2], before);
                     here = _mm512_fmadd_ps(v, w[k][1], here);
                     after = _mm512_fmadd_ps(v, w[k][0], after);
                 }
-                if (x) emit(x - 1, before);
+                if (x) emit(before);
                 before = here;
                 here = after;
             }
-            emit(op.in_cells - 1, before);
+            emit(before);
         } else {
             for (int64_t x = 0; x < op.cells; x++) {
                 __m512 total = bias;
                 for (int64_t kx = 0; kx < 3; kx++) {
                     const int64_t column = x * op.stride + kx - 1;
                     if (column < 0 || column >= op.in_cells) continue;
-                    for (int k = 0; k < 3; k++) total = _mm512_fmadd_ps(value(k, column), w[k][kx], total);
+                    for (int k = 0; k < 3; k++) total = _mm512_fmadd_ps(value(at[k] + column * along[k]), w[k][kx], total);
                 }
-                emit(x, total);
+                emit(total);
             }
         }
         _mm512_mask_storeu_ps(sums + c, mask, sum);
