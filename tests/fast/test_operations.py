@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coatnet import native
 from coatnet.fast.kernels import Weight, scaled
-from coatnet.fast.operations import recorded, scratch
+from coatnet.fast.operations import _OURS, recorded
 
 pytestmark = pytest.mark.skipif(native.missing("bf16") is not None, reason=f"{native.missing('bf16')}")
 
@@ -28,7 +28,7 @@ def two_layers(
     """Return the result, every other row of what lies between, and `past` itself."""
     kept = torch.empty(len(x), first.shape[1], dtype=torch.bfloat16)
     Weight(first).product(x, out=kept)
-    between = scratch("between", kept.shape)
+    between = torch.empty_like(kept)
     Weight(first).product(x, out=between)
     out = Weight(second).product(between, residual=past)
     if twice:
@@ -116,13 +116,28 @@ def test_a_recorded_function_in_another_is_refused():
         outer(noise(9, 24), noise(24, 8).float(), noise(8, 16).float())
 
 
-def test_scratch_is_not_returned():
-    @recorded
-    def returns_scratch(x: Tensor, weight: Tensor) -> tuple[Tensor]:
-        return (Weight(weight).product(x, out=scratch("lost", (len(x), weight.shape[1]))),)
+def test_memory_is_used_again_by_what_comes_later():
+    """Of the maps between many layers two are there at a time, whatever else a thread did before."""
 
-    with pytest.raises(AssertionError, match="scratch is returned"):
-        returns_scratch(noise(3, 24), noise(24, 16).float())
+    @recorded
+    def layers(x: Tensor, weight: Tensor, *, count: int) -> tuple[Tensor]:
+        out = x
+        for _ in range(count):
+            out = Weight(weight).product(out, residual=x)
+        return (out,)
+
+    def arena_of(count: int) -> int:
+        (found,) = layers(x, weight, count=count)
+        want = x
+        for _ in range(count):
+            want = Weight(weight).product(want, residual=x)
+        assert torch.equal(found, want)
+        return _OURS.arena.nbytes
+
+    x, weight = noise(300, 64), noise(64, 64).float() / 8
+    with ThreadPoolExecutor(1) as pool:  # a thread that has no arena yet
+        few, many = pool.submit(arena_of, 3).result(), pool.submit(arena_of, 12).result()
+    assert many == few <= 2 * x.nbytes + weight.nbytes, f"{few} and {many} bytes"
 
 
 def test_a_tensor_that_is_no_argument_is_refused():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import get_args
@@ -57,7 +57,7 @@ class OptimizedModel(ABC):
 
     @abstractmethod
     def _logits(self, images: Tensor) -> Tensor:
-        """Classify one or more checked images: a tensor like any other, which may be changed in place and learnt from."""
+        """Classify one or more checked images; the answer may be changed in place and learnt from."""
 
 
 class _Native(OptimizedModel):

@@ -29,7 +29,7 @@ from coatnet.fast.kernels import (
     to_be_gated,
     total,
 )
-from coatnet.fast.operations import fp32, recorded, run, scratch
+from coatnet.fast.operations import bf16, fp32, recorded, run
 from coatnet.model.mbconv import MBConv
 
 NUM_KEPT = 8  # of `_invert`'s input and what it kept: maps and moments
@@ -173,7 +173,7 @@ def _invert(
     source = normed(x, zeroth, stride)
     B, H, W, _ = source.shape
     expand, width = Weight(w.expand.flatten(1).T), len(w.expand)
-    expanded = torch.empty(B, H, W, width, dtype=torch.bfloat16)
+    expanded = bf16(B, H, W, width)
     sums = sums_for("MOMENTS", expanded)
     for group in groups(expanded):
         expand.product(source[group], out=expanded[group])
@@ -186,7 +186,7 @@ def _invert(
     gate, gated = Gate(w, H * W), GatedWeight(shrink, shrink_bias, len(w.shrink))
     out = torch.empty_like(past)
     for group in groups(expanded):
-        acted = scratch("group", filtered[group].shape)
+        acted = torch.empty_like(filtered[group])
         gates = gate.gates(run_map("ACTED", filtered[group], out=acted, **second.fields))
         gated.product(acted, gates, out[group], past[group] if scale_B is None else None)
     out = out if scale_B is None else scaled(out, scale_B, past)
@@ -218,7 +218,7 @@ def _invert_slope(slope: Tensor, scale_B: Tensor | None, *inputs: Tensor, stride
     for group in groups(x):
         here, around = x[group], past[group]
         if pooled:
-            around = pool_slope(here, around, scratch("group", here.shape))
+            around = pool_slope(here, around, torch.empty_like(here))
         normed_slope(here, source_slope[group], stride, mix, around, x_slope[group])
     return (
         x_slope, gated, *norm_slopes, expand_slope, *norm1_slopes, taps_slope, *norm2_slopes, *shrink_slopes,
@@ -231,15 +231,15 @@ def _through_shrink(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Go back through the last product, squeeze-excite and GELU to what the norm before gives.
 
-    Returns that gradient, which lies in scratch, its sums, what `gate_slopes` needs, and the product's gradients.
+    Returns that gradient, its sums, what `gate_slopes` needs, and the product's gradients.
     """
     shrink, shrink_slope = Weight(w.shrink.flatten(1)), WeightSlope(len(w.shrink), filtered.shape[3])
-    acted_slope, sums = scratch("slope", filtered.shape), sums_for("ACTED_SLOPE", filtered)
+    acted_slope, sums = torch.empty_like(filtered), sums_for("ACTED_SLOPE", filtered)
     kept = gate.room(len(filtered))
     for group in groups(filtered):
         here = {"source": filtered[group], "gradient": shrink.product(slope[group], out=acted_slope[group])}
         gates, pixel_slopes = gate.backward(run_map("GATE_SLOPE", **here, **second.fields), kept[group])
-        gated = scratch("group", filtered[group].shape)
+        gated = torch.empty_like(filtered[group])
         run_map(
             "ACTED_SLOPE", **here, gates=gates, mean_slopes=pixel_slopes, out=gated, sums=sums[group], **second.fields
         )
@@ -252,10 +252,10 @@ def _through_depthwise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Go back through BatchNorm, the depthwise convolution and GELU to what the norm before gives.
 
-    Returns that gradient, which lies in scratch, its sums, and the taps' gradient, (9, C).
+    Returns that gradient, its sums, and the taps' gradient, (9, C).
     """
     B, H, _, hidden = expanded.shape
-    tap_sums, expanded_slope = fp32(B * -(-H // STRIP), 9, hidden), scratch("expanded slope", expanded.shape)
+    tap_sums, expanded_slope = fp32(B * -(-H // STRIP), 9, hidden), torch.empty_like(expanded)
     sums = run_map(
         "DEPTHWISE_SLOPE", expanded, gradient=acted_slope, residual=filtered, weight=w.depthwise, mix=mix,
         weight_sums=tap_sums, out=expanded_slope, **first.fields,
@@ -270,7 +270,7 @@ def _through_expand(
     expand, expand_slope = Weight(w.expand.flatten(1)), WeightSlope(expanded.shape[3], source.shape[3])
     source_slope = torch.empty_like(source)
     for group in groups(expanded):
-        mixed = scratch("group", expanded[group].shape)
+        mixed = torch.empty_like(expanded[group])
         run_map("MIXED", expanded[group], gradient=expanded_slope[group], mix=mix, out=mixed)
         expand_slope.add(mixed, source[group])
         expand.product(mixed, out=source_slope[group])

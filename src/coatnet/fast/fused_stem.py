@@ -22,7 +22,7 @@ from coatnet.fast.kernels import (
     run_map,
     sum_of_rows,
 )
-from coatnet.fast.operations import fp32, recorded, run, scratch
+from coatnet.fast.operations import bf16, fp32, recorded, run
 from coatnet.model.layers import ConvStem
 
 
@@ -133,8 +133,8 @@ def _pairs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 def _act_and_convolve(x: Tensor, moments: Moments, weight: Weight) -> Tensor:
     """Norm, GELU, convolve by 3x3 taps: (B, H, W, C) -> (B, H, W, D)."""
-    out = torch.empty(*x.shape[:3], weight.width, dtype=torch.bfloat16)
-    padded = _bordered("acted", x[next(groups(x))])
+    out = bf16(*x.shape[:3], weight.width)
+    padded = _bordered(x[next(groups(x))])
     for group in groups(x):
         inner = padded[: len(x[group])]
         run_map("ACTED", x[group], **_inside(inner), **moments.fields)
@@ -147,11 +147,11 @@ def _slopes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Go back through `_act_and_convolve`: the gradients of what GELU took and of the weight, and the former's sums.
 
-    The first lies in scratch, and so may `slope`. `weight` is that of the way back.
+    `weight` is that of the way back.
     """
     B, H, _, width = x.shape
-    padded, acted = _bordered("slope", slope, slope), _bordered("acted", x)
-    sums, acted_slope = fp32(B, H, 2, width), scratch("expanded slope", x.shape)
+    padded, acted = _bordered(slope, slope), _bordered(x)
+    sums, acted_slope = fp32(B, H, 2, width), torch.empty_like(x)
     for group in groups(x):
         _convolve(padded[group], weight, acted_slope[group])
         run_map(
@@ -174,10 +174,10 @@ def _unfold(images: Tensor, stride: int) -> Tensor:
     return patches
 
 
-def _bordered(name: str, like: Tensor, source: Tensor | None = None) -> Tensor:
-    """Return scratch for maps (B, H + 2, W + 2, C) with a border of zeros, and `source` in it, where that is given."""
+def _bordered(like: Tensor, source: Tensor | None = None) -> Tensor:
+    """Return maps (B, H + 2, W + 2, C) with a border of zeros, and `source` in it, where that is given."""
     B, H, W, C = like.shape
-    made = scratch(name, (B, H + 2, W + 2, C))
+    made = bf16(B, H + 2, W + 2, C)
     run("BORDERED", images=B, lines=H, cells=W, width=C, source=0 if source is None else source, out=made)
     return made
 

@@ -22,7 +22,7 @@ from coatnet.fast.kernels import (
     pool_slope,
     scaled,
 )
-from coatnet.fast.operations import Fields, recorded, run, scratch
+from coatnet.fast.operations import Fields, bf16, recorded, run
 from coatnet.model.attention import Attention, FeedForward, Transformer
 
 HEAD_DIM = 32  # of the heads that the kernels know the way back through (native/attention_slope.h)
@@ -95,7 +95,7 @@ def _transform(
     source = norm_rows(x, norm, norm_bias)
     source = pool(source) if pooled else source
     queries = Weight(qkv.T, qkv_bias).product(source)
-    mixed = torch.empty(*source.shape[:3], len(qkv) // 3, dtype=torch.bfloat16)
+    mixed = bf16(*source.shape[:3], len(qkv) // 3)
     run("ATTENTION", source=queries, out=mixed, **_attention(mixed, bias, heads))
     past, shortened = shorten(x, Projection(*projection), pooled=pooled)
     y = _joined(Weight(project.T, project_bias), mixed, past, scale_B)
@@ -120,7 +120,7 @@ def _transform_slope(slope: Tensor, *inputs: Any, heads: int, pooled: bool) -> t
     qkv_slopes = WeightSlope(*qkv.shape).add(queries_slope, source).total()
     normed_slope = Weight(qkv).product(queries_slope)
     if pooled:
-        normed = norm_rows(x, norm, norm_bias, out=scratch("group", x.shape))
+        normed = norm_rows(x, norm, norm_bias, out=torch.empty_like(x))
         normed_slope = pool_slope(normed, normed_slope, torch.empty_like(x))
         past = pool_slope(x, past, torch.empty_like(x))
     x_slope, norm_slopes = norm_slope(x, normed_slope, norm, past)
@@ -184,8 +184,8 @@ def _feed(x: Tensor, scale_B: Tensor | None, *weights: Any) -> tuple[Tensor, Ten
     """Return the output, what the FFN took, and what GELU took."""
     norm, norm_bias, weight1, bias1, weight2, bias2 = weights
     source = x if norm is None else norm_rows(x, norm, norm_bias)
-    hidden = torch.empty(*x.shape[:-1], len(weight1), dtype=torch.bfloat16)
-    acted = scratch("group", hidden.shape)
+    hidden = bf16(*x.shape[:-1], len(weight1))
+    acted = torch.empty_like(hidden)
     Weight(weight1.T, bias1).product(source, out=acted, act="GELU_KEPT", beside=hidden)
     return _joined(Weight(weight2.T, bias2), acted, None if norm is None else x, scale_B), source, hidden
 
@@ -196,7 +196,7 @@ def _feed_slope(
     """Return the gradients of x and of the weights."""
     norm, _, weight1, _, weight2, _ = weights
     slope = whole_slope if scale_B is None else scaled(whole_slope, scale_B)
-    hidden_slope, acted = scratch("slope", hidden.shape), scratch("group", hidden.shape)
+    hidden_slope, acted = torch.empty_like(hidden), torch.empty_like(hidden)
     Weight(weight2).product(slope, out=hidden_slope, residual=hidden, act="GELU_SLOPE", beside=acted)
     second = WeightSlope(*weight2.shape).add(slope, acted).total()
     first = WeightSlope(*weight1.shape).add(hidden_slope, source).total()

@@ -6,7 +6,6 @@ is written down once.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Container, Hashable, Sequence
 from functools import lru_cache, wraps
@@ -25,7 +24,6 @@ Tensors = Sequence[Tensor | None]
 Made = TypeVar("Made", bound="tuple[Tensor | None, ...]")
 CACHE_LINE = 64  # bytes
 NUM_RECORDINGS = 1024  # kept: of each kind of block for each size of image and batch
-NO_LIMIT = 1 << 40  # values, more than there will be
 COLUMNS = {name: number for number, (name, *_) in enumerate(native.Op._fields_)}
 
 
@@ -64,22 +62,18 @@ def fp32(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
-def scratch(name: str, shape: Sequence[int]) -> Tensor:
-    """Return memory for a bf16 map of this shape, which the next request by the same name in a function overwrites.
-
-    So what goes from kernel to kernel, group by group, is found in the caches.
-    """
-    assert _OURS.recorder is not None, "this is for functions that are recorded"
-    return _OURS.recorder.scratch(name, math.prod(shape)).view(*shape)
+def bf16(*shape: int) -> Tensor:
+    """Return memory for a bf16 map."""
+    return torch.empty(shape, dtype=torch.bfloat16)
 
 
 def recorded(body: Callable[..., Made]) -> Callable[..., Made]:
     """Make a function of tensors, whose work is done by `run`, write its operations down once for each size of input.
 
     Positional arguments are tensors or None; the others are what else the operations depend on. It is recorded with
-    tensors that have no memory ("meta"): in it torch may ask for memory (`torch.empty` of a given dtype, `scratch`) and
-    take views, and nothing else; it calls no other recorded function. What it does not return lies in memory that this
-    thread's next recorded function overwrites, so scratch is never returned.
+    tensors that have no memory ("meta"): in it torch may ask for memory (`torch.empty` of a given dtype) and take
+    views, and nothing else; it calls no other recorded function. What it does not return lies in memory that is used
+    again as soon as no operation asks for it any more, so what goes from kernel to kernel is found in the caches.
 
     Raises: RuntimeError where torch is to do anything else; AssertionError for what breaks another of these rules.
     """
@@ -117,8 +111,6 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.gathered: list[tuple[native.Op, dict[str, Fields]]] = []
         self.made: list[Tensor] = []
-        self.scratches: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -131,13 +123,6 @@ class _Recorder(TorchDispatchMode):
             )
         return found
 
-    def scratch(self, name: str, count: int) -> Tensor:
-        """Return bf16 memory for so many values."""
-        if name not in self.scratches:
-            self.scratches[name] = torch.empty(NO_LIMIT, dtype=torch.bfloat16)
-        self.counts[name] = max(count, self.counts.get(name, 0))
-        return self.scratches[name][:count]
-
 
 class _Recording:
     """Operations as a table of numbers, and which of these are addresses.
@@ -148,7 +133,6 @@ class _Recording:
 
     def __init__(self, recorder: _Recorder, inputs: Tensors, returned: Tensors) -> None:
         results = {_storage(x) for x in returned if x is not None}
-        assert not results & {_storage(x) for x in recorder.scratches.values()}, "scratch is returned"
         self.made = [x for x in recorder.made if _storage(x) in results]
         apart = [*inputs, *self.made]
         bases = {_storage(x): (number, 0) for number, x in enumerate(apart) if x is not None}
@@ -178,15 +162,30 @@ class _Recording:
 
 
 def _lay_out(recorder: _Recorder, apart: Container[int]) -> tuple[dict[int, int], int]:
-    """Return where in the arena each storage starts that does not lie `apart`, and how many bytes they all take."""
-    names, starts, end = {_storage(x): name for name, x in recorder.scratches.items()}, dict[int, int](), 0
-    for x in recorder.made:
-        storage = _storage(x)
-        if storage not in apart:
-            starts[storage] = end
-            count = recorder.counts[names[storage]] if storage in names else x.numel()
-            end += -(-count * x.itemsize // CACHE_LINE) * CACHE_LINE
-    return starts, end
+    """Return where in the arena each storage starts that does not lie `apart`, and how many bytes they all take.
+
+    From its first operation to its last a storage shares its place with no other; it takes the first gap.
+    """
+    used = dict[int, tuple[int, int]]()
+    for row, (_, fields) in enumerate(recorder.gathered):
+        for storage in {_storage(x) for x in fields.values() if isinstance(x, Tensor)} - used.keys():
+            used[storage] = row, row
+        used.update((_storage(x), (used[_storage(x)][0], row)) for x in fields.values() if isinstance(x, Tensor))
+    places, ends = list[tuple[int, int, int]](), 0  # where each starts and ends, and its last operation
+    starts = dict[int, int]()
+    lying = [x for x in recorder.made if _storage(x) in used and _storage(x) not in apart]
+    for x in sorted(lying, key=lambda x: used[_storage(x)][0]):
+        first, last = used[_storage(x)]
+        places = sorted(place for place in places if place[2] >= first)
+        num_bytes, start = -(-x.nbytes // CACHE_LINE) * CACHE_LINE, 0
+        for begin, end, _ in places:
+            if start + num_bytes <= begin:
+                break
+            start = max(start, end)
+        places.append((start, start + num_bytes, last))
+        starts[_storage(x)] = start
+        ends = max(ends, start + num_bytes)
+    return starts, ends
 
 
 def _base(x: Tensor, bases: dict[int, tuple[int, int]]) -> tuple[int, int]:

@@ -229,8 +229,8 @@ class HeadPlan(Rows):
     def __init__(self, packing: Packing, images: int) -> None:
         super().__init__(packing, images)
         network = packing.network
-        # `run` gives others of these shapes.
-        means, logits = (torch.empty(images, 1, 1, width) for width in (network.num_features, network.config.num_classes))
+        means = torch.empty(images, 1, 1, network.num_features)  # `run` gives others of these shapes
+        logits = torch.empty(images, 1, 1, network.config.num_classes)
         x = self._norm(network.norm, Map(means))
         if network.pre_logits is not None:
             x = self._product("dense", x, network.pre_logits, part=HEAD_PART)
