@@ -213,6 +213,18 @@ def test_checkpointed_activations_give_the_same_gradients_and_statistics(kind: s
     assert all(torch.equal(found_statistics[name], statistics[name]) for name in statistics)
 
 
+def test_a_block_with_a_hook_is_called_and_changes_no_bit():
+    model, x = network(config_of("heads of 32"), training=True), images(4, SIZE)
+    logits, want, _ = pass_through(fused_of(model), x)
+    hooked, seen = fused_of(model), []
+    for stage in hooked.stages[1:]:
+        list(stage.children())[-1].register_forward_hook(lambda *_: seen.append(1))
+    found_logits, found, _ = pass_through(hooked, x)
+    assert len(seen) == 4
+    assert torch.equal(found_logits, logits)
+    assert all(torch.equal(found[name], want[name]) for name in want)
+
+
 def test_names_weights_and_answers_stay():
     model, x = network(config_of()), images(3, SIZE)
     fused = for_training(copy.deepcopy(model)).eval()

@@ -1,4 +1,4 @@
-"""MBConv in training, from its input to its output, as one autograd function on the kernels. bf16.
+"""MBConv in training, from its input to its output, on the kernels. bf16.
 
 What lies between the products (BatchNorm, GELU, depthwise convolution, squeeze-excite) is computed line by line, and
 computed again on the way back, so that of the wide maps only the two that BatchNorm norms are kept.
@@ -6,20 +6,21 @@ computed again on the way back, so that of the wide maps only the two that Batch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from coatnet.config import Size
 from coatnet.fast.batch_norm import BatchNorms, Moments, Numbers, normed, normed_slope, normed_sums
+from coatnet.fast.chain import Link
 from coatnet.fast.fused_shortcut import Projection, pools, shorten, shorten_slope
 from coatnet.fast.kernels import (
     STRIP,
     GatedWeight,
     Weight,
     WeightSlope,
-    bf16_rows,
     floats,
     groups,
     pool_slope,
@@ -29,10 +30,8 @@ from coatnet.fast.kernels import (
     to_be_gated,
     total,
 )
-from coatnet.fast.operations import bf16, fp32, recorded, run
+from coatnet.fast.operations import Nested, bf16, fp32, run
 from coatnet.model.mbconv import MBConv
-
-NUM_KEPT = 8  # of `_invert`'s input and what it kept: maps and moments
 
 
 class Weights(NamedTuple):
@@ -122,108 +121,92 @@ def gate_slopes(kept: Tensor, w: Weights) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
-class Inverted(torch.autograd.Function):
-    """MBConv: (B, C, H, W) -> (B, D, h, w) bf16. The branch of each image is scaled by (B), where that is given.
+class Options(NamedTuple):
+    stride: int
+    pooled: bool
+    numbers: tuple[Numbers, ...]  # of the norms
+
+
+class Inverted(Link):
+    """MBConv. The branch of each image is scaled by (B,) fp32, where that is given.
 
     Wide maps that only go from one kernel to the next exist for a group of images at a time.
     """
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, block: MBConv, scale_B: Tensor | None, *weights: Tensor) -> Tensor:
-        w, stride, x_rows = Weights(*weights).as_read(), block.expand.stride[0], bf16_rows(x.permute(0, 2, 3, 1))
-        B, H, W, _ = x_rows.shape
-        shrink = to_be_gated(w.shrink.flatten(1), w.shrink_bias, B, -(-H // stride) * -(-W // stride))
-        norms = BatchNorms(block.norm, block.expand_norm, block.depthwise_norm)
-        ctx.options = {"stride": stride, "pooled": pools(block.shortcut)}
-        out, *kept = _invert(x_rows, scale_B, *shrink, *norms.running(), *w, numbers=norms.numbers(), **ctx.options)
-        norms.count_batch()
-        ctx.save_for_backward(scale_B, x_rows, *kept, *weights)
-        ctx.in_dtype = x.dtype
-        return out.permute(0, 3, 1, 2)
+    def __init__(self, block: MBConv, size: Size, images: int, scale_B: Tensor | None) -> None:
+        self.size, self.images, self.scale_B = size, images, scale_B
+        self.learned = self.weights = Weights.of(block)
+        self.norms = BatchNorms(block.norm, block.expand_norm, block.depthwise_norm)
+        self.options = Options(block.expand.stride[0], pools(block.shortcut), self.norms.numbers())
+
+    def read(self) -> tuple[Nested, Nested]:
+        w = self.weights.as_read()
+        shrink = to_be_gated(w.shrink.flatten(1), w.shrink_bias, self.images, self.size[0] * self.size[1])
+        return (shrink, tuple(self.norms.running())), (self.scale_B, tuple(w))
+
+    def note_pass(self) -> None:
+        self.norms.count_batch()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        scale_B, *saved = ctx.saved_tensors
-        kept, w = saved[:NUM_KEPT], Weights(*saved[NUM_KEPT:])
-        x_slope, gated, *found = _invert_slope(
-            bf16_rows(slope.permute(0, 2, 3, 1)), scale_B, *kept, *w.as_read(), **ctx.options
-        )
-        slopes = Weights(*found[:8], *gate_slopes(gated, w), *found[8:])
-        slopes = slopes._replace(depthwise=slopes.depthwise.T.contiguous())
-        likes = saved[NUM_KEPT:]
-        shaped = [slope if slope is None else slope.view_as(like) for slope, like in zip(slopes, likes, strict=True)]
-        return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, *shaped
+    def there(x: Tensor, alone: Nested, both: Nested, options: Options) -> tuple[Tensor, Nested]:
+        (stride, pooled, numbers), (shrink, running), (scale_B, read) = options, alone, both
+        w = Weights(*read)
+        zeroth = Moments.of(run_map("MOMENTS", x), x[..., 0].numel(), (w.norm, w.norm_bias), running[:2], numbers[0])
+        source = normed(x, zeroth, stride)
+        B, H, W, _ = source.shape
+        expand, width = Weight(w.expand.flatten(1).T), len(w.expand)
+        expanded = bf16(B, H, W, width)
+        sums = sums_for("MOMENTS", expanded)
+        for group in groups(expanded):
+            expand.product(source[group], out=expanded[group])
+            run_map("MOMENTS", expanded[group], sums=sums[group])
+        first = Moments.of(sums, B * H * W, (w.norm1, w.norm1_bias), running[2:4], numbers[1])
+        filtered = torch.empty_like(expanded)
+        sums = run_map("ACTED_DEPTHWISE", expanded, weight=w.depthwise, out=filtered, **first.fields)
+        second = Moments.of(sums, B * H * W, (w.norm2, w.norm2_bias), running[4:], numbers[2])
+        past, shortened = shorten(x, w.projection, pooled=pooled)
+        gate, gated = Gate(w, H * W), GatedWeight(shrink[0], shrink[1], len(w.shrink))
+        out = torch.empty_like(past)
+        for group in groups(expanded):
+            acted = torch.empty_like(filtered[group])
+            gates = gate.gates(run_map("ACTED", filtered[group], out=acted, **second.fields))
+            gated.product(acted, gates, out[group], past[group] if scale_B is None else None)
+        out = out if scale_B is None else scaled(out, scale_B, past)
+        return out, (shortened, source, expanded, filtered, (zeroth.found, first.found, second.found))
 
+    @staticmethod
+    def back(slope: Tensor, x: Tensor, kept: Nested, both: Nested, options: Options) -> tuple[Tensor, Nested]:
+        (scale_B, read), (shortened, source, expanded, filtered, found) = both, kept
+        w = Weights(*read)
+        B, H, W, _ = expanded.shape
+        pixels = (x[..., 0].numel(), B * H * W, B * H * W)
+        zeroth, first, second = (Moments(its, count) for its, count in zip(found, pixels, strict=True))
+        past, projection_slopes = shorten_slope(shortened, slope, w.projection)
+        slope = slope if scale_B is None else scaled(slope, scale_B)
+        acted_slope, sums, gated, shrink_slopes = _through_shrink(w, slope, filtered, second, Gate(w, H * W))
+        *norm2_slopes, mix = second.backward(sums)
+        expanded_slope, sums, taps_slope = _through_depthwise(w, acted_slope, filtered, mix, expanded, first)
+        *norm1_slopes, mix = first.backward(sums)
+        source_slope, expand_slope = _through_expand(w, expanded_slope, expanded, mix, source)
+        sums = fp32(*source.shape[:2], 2, source.shape[3])
+        normed_sums(x, source_slope, options.stride, sums)
+        *norm_slopes, mix = zeroth.backward(sums)
+        x_slope = torch.empty_like(x)
+        for group in groups(x):
+            here, around = x[group], past[group]
+            if options.pooled:
+                around = pool_slope(here, around, torch.empty_like(here))
+            normed_slope(here, source_slope[group], options.stride, mix, around, x_slope[group])
+        before = (*norm_slopes, expand_slope, *norm1_slopes, taps_slope, *norm2_slopes)
+        return x_slope, (before, gated, (*shrink_slopes, *projection_slopes))
 
-@recorded
-def _invert(
-    x: Tensor,
-    scale_B: Tensor | None,
-    shrink: Tensor,
-    shrink_bias: Tensor,
-    *inputs: Tensor,
-    stride: int,
-    pooled: bool,
-    numbers: tuple[Numbers, ...],
-) -> tuple[Tensor, ...]:
-    """Return the output and what the way back needs. `inputs` are the norms' running statistics and the weights."""
-    running, w = inputs[:6], Weights(*inputs[6:])
-    zeroth = Moments.of(run_map("MOMENTS", x), x[..., 0].numel(), (w.norm, w.norm_bias), running[:2], numbers[0])
-    source = normed(x, zeroth, stride)
-    B, H, W, _ = source.shape
-    expand, width = Weight(w.expand.flatten(1).T), len(w.expand)
-    expanded = bf16(B, H, W, width)
-    sums = sums_for("MOMENTS", expanded)
-    for group in groups(expanded):
-        expand.product(source[group], out=expanded[group])
-        run_map("MOMENTS", expanded[group], sums=sums[group])
-    first = Moments.of(sums, B * H * W, (w.norm1, w.norm1_bias), running[2:4], numbers[1])
-    filtered = torch.empty_like(expanded)
-    sums = run_map("ACTED_DEPTHWISE", expanded, weight=w.depthwise, out=filtered, **first.fields)
-    second = Moments.of(sums, B * H * W, (w.norm2, w.norm2_bias), running[4:], numbers[2])
-    past, shortened = shorten(x, w.projection, pooled=pooled)
-    gate, gated = Gate(w, H * W), GatedWeight(shrink, shrink_bias, len(w.shrink))
-    out = torch.empty_like(past)
-    for group in groups(expanded):
-        acted = torch.empty_like(filtered[group])
-        gates = gate.gates(run_map("ACTED", filtered[group], out=acted, **second.fields))
-        gated.product(acted, gates, out[group], past[group] if scale_B is None else None)
-    out = out if scale_B is None else scaled(out, scale_B, past)
-    return out, shortened, source, expanded, filtered, zeroth.found, first.found, second.found
-
-
-@recorded
-def _invert_slope(slope: Tensor, scale_B: Tensor | None, *inputs: Tensor, stride: int, pooled: bool) -> tuple[Any, ...]:
-    """Return the gradient of x, what `gate_slopes` needs, and the other weights' gradients in their order.
-
-    `inputs` are the map, what `_invert` kept and the weights.
-    """
-    w, (x, shortened, source, expanded, filtered, *found) = Weights(*inputs[NUM_KEPT:]), inputs[:NUM_KEPT]
-    B, H, W, _ = expanded.shape
-    pixels = (x[..., 0].numel(), B * H * W, B * H * W)
-    zeroth, first, second = (Moments(*each) for each in zip(found, pixels, strict=True))
-    past, projection_slopes = shorten_slope(shortened, slope, w.projection)
-    slope = slope if scale_B is None else scaled(slope, scale_B)
-    gate = Gate(w, H * W)
-    acted_slope, sums, gated, shrink_slopes = _through_shrink(w, slope, filtered, second, gate)
-    *norm2_slopes, mix = second.backward(sums)
-    expanded_slope, sums, taps_slope = _through_depthwise(w, acted_slope, filtered, mix, expanded, first)
-    *norm1_slopes, mix = first.backward(sums)
-    source_slope, expand_slope = _through_expand(w, expanded_slope, expanded, mix, source)
-    sums = fp32(*source.shape[:2], 2, source.shape[3])
-    normed_sums(x, source_slope, stride, sums)
-    *norm_slopes, mix = zeroth.backward(sums)
-    x_slope = torch.empty_like(x)
-    for group in groups(x):
-        here, around = x[group], past[group]
-        if pooled:
-            around = pool_slope(here, around, torch.empty_like(here))
-        normed_slope(here, source_slope[group], stride, mix, around, x_slope[group])
-    return (
-        x_slope, gated, *norm_slopes, expand_slope, *norm1_slopes, taps_slope, *norm2_slopes, *shrink_slopes,
-        *projection_slopes,
-    )  # fmt: skip
+    def gradients(self, slopes: Nested) -> Sequence[Tensor | None]:
+        before, gated, after = slopes
+        found = Weights(*before, *gate_slopes(gated, self.weights), *after)
+        found = found._replace(depthwise=found.depthwise.T.contiguous())
+        return [
+            None if part is None or w is None else part.view_as(w) for part, w in zip(found, self.learned, strict=True)
+        ]
 
 
 def _through_shrink(

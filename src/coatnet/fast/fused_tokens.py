@@ -1,7 +1,8 @@
-"""What training does to tokens, as autograd functions on the kernels: attention and FFN with all around them. bf16."""
+"""What training does to tokens, on the kernels: attention and FFN with all around them. bf16."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from coatnet import native
+from coatnet.config import Size
+from coatnet.fast.chain import Link
 from coatnet.fast.fused_shortcut import Projection, pools, shorten, shorten_slope
 from coatnet.fast.kernels import (
     BF16,
@@ -22,7 +25,7 @@ from coatnet.fast.kernels import (
     pool_slope,
     scaled,
 )
-from coatnet.fast.operations import Fields, bf16, recorded, run
+from coatnet.fast.operations import Fields, Nested, bf16, recorded, run
 from coatnet.model.attention import Attention, FeedForward, Transformer
 
 HEAD_DIM = 32  # of the heads that the kernels know the way back through (native/attention_slope.h)
@@ -40,91 +43,61 @@ def weights_of_attention(block: Transformer) -> tuple[Tensor | None, ...]:
     return (*(part for layer in layers for part in (layer.weight, layer.bias)), *Projection.of(block.shortcut))
 
 
-NUM_WEIGHTS = 8  # of the first half
-NUM_KEPT = 11  # of both scales, the biases, the map, and what `_transform` kept
+class Transformed(Link):
+    """A Transformer block, Eq. 4: y = Proj(Pool(x)) + Attention(Pool(Norm(x))), y + FFN(Norm(y)).
 
-
-class Transformed(torch.autograd.Function):
-    """A block, Eq. 4: y = Proj(Pool(x)) + Attention(Pool(Norm(x))), y + FFN(Norm(y)).
-
-    (B, C, H, W) -> (B, D, h, w) bf16. The branches of each image are scaled by (B,) fp32 each, where that is given.
-    Neither attention weights are kept nor what GELU gives.
+    The branches of each image are scaled by (B,) fp32 each, where that is given. Neither attention weights are kept nor
+    what GELU gives. `bias` is that of each head by the key's offset, for the grid of the output.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        block: Transformer,
-        scale_B: Tensor | None,
-        ffn_scale_B: Tensor | None,
-        bias: Tensor | None,
-        *weights: Tensor,
-    ) -> Tensor:
+    def __init__(
+        self, block: Transformer, size: Size, scale_B: Tensor | None, ffn_scale_B: Tensor | None, bias: Tensor | None
+    ) -> None:
         assert isinstance(block.attention, Attention)
-        ctx.options = {"heads": block.attention.num_heads, "pooled": pools(block.shortcut)}
-        ctx.in_dtype = x.dtype
-        x_rows = bf16_rows(x.permute(0, 2, 3, 1))
-        known = (scale_B, ffn_scale_B, None if bias is None else bias.contiguous())
-        out, *kept = _transform(*known, x_rows, *floats(weights), **ctx.options)
-        ctx.save_for_backward(*known, x_rows, *kept, *weights)
-        return out.permute(0, 3, 1, 2)
+        norm = block.ffn_norm
+        self.size = size
+        self.learned = (bias, *weights_of_attention(block), norm.weight, norm.bias, *weights_of_ffn(block.ffn))
+        self.scales = scale_B, ffn_scale_B
+        self.options = block.attention.num_heads, pools(block.shortcut)
+
+    def read(self) -> tuple[Nested, Nested]:
+        learned = floats(self.learned)
+        return (), (self.scales, learned[0], tuple(learned[1:9]), tuple(learned[9:]))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved = ctx.saved_tensors  # asked for once, as a checkpoint computes them
-        kept, weights = saved[:NUM_KEPT], saved[NUM_KEPT:]
-        slope = bf16_rows(slope.permute(0, 2, 3, 1))
-        x_slope, *slopes = _transform_slope(slope, *kept, *floats(weights), **ctx.options)
-        return x_slope.permute(0, 3, 1, 2).to(ctx.in_dtype), None, None, None, *slopes
+    def there(x: Tensor, alone: Nested, both: Nested, options: tuple[int, bool]) -> tuple[Tensor, Nested]:  # noqa: ARG004
+        heads, pooled = options
+        (scale_B, ffn_scale_B), bias, (norm, norm_bias, qkv, qkv_bias, project, project_bias, *projection), ffn = both
+        source = norm_rows(x, norm, norm_bias)
+        source = pool(source) if pooled else source
+        queries = Weight(qkv.T, qkv_bias).product(source)
+        mixed = bf16(*source.shape[:3], len(qkv) // 3)
+        run("ATTENTION", source=queries, out=mixed, **_attention(mixed, bias, heads))
+        past, shortened = shorten(x, Projection(*projection), pooled=pooled)
+        y = _joined(Weight(project.T, project_bias), mixed, past, scale_B)
+        out, *fed = _feed(y, ffn_scale_B, *ffn)
+        return out, (shortened, source, queries, mixed, y, *fed)
 
+    @staticmethod
+    def back(slope: Tensor, x: Tensor, kept: Nested, both: Nested, options: tuple[int, bool]) -> tuple[Tensor, Nested]:
+        heads, pooled = options
+        (scale_B, ffn_scale_B), bias, (norm, norm_bias, qkv, _, project, _, *projection), ffn = both
+        shortened, source, queries, mixed, y, *fed = kept
+        slope, *ffn_slopes = _feed_slope(slope, ffn_scale_B, y, *fed, *ffn)
+        past, projection_slopes = shorten_slope(shortened, slope, Projection(*projection))
+        slope = slope if scale_B is None else scaled(slope, scale_B)
+        project_slopes = WeightSlope(*project.shape).add(slope, mixed).total()
+        queries_slope, bias_slope = _through_attention(Weight(project).product(slope), queries, mixed, bias, heads)
+        qkv_slopes = WeightSlope(*qkv.shape).add(queries_slope, source).total()
+        normed_slope = Weight(qkv).product(queries_slope)
+        if pooled:
+            normed_slope = pool_slope(norm_rows(x, norm, norm_bias), normed_slope, torch.empty_like(x))
+            past = pool_slope(x, past, torch.empty_like(x))
+        x_slope, norm_slopes = norm_slope(x, normed_slope, norm, past)
+        return x_slope, (bias_slope, *norm_slopes, *qkv_slopes, *project_slopes, *projection_slopes, *ffn_slopes)
 
-@recorded
-def _transform(
-    scale_B: Tensor | None,
-    ffn_scale_B: Tensor | None,
-    bias: Tensor | None,
-    x: Tensor,
-    *weights: Tensor,
-    heads: int,
-    pooled: bool,
-) -> tuple[Tensor, ...]:
-    """Return the output and what the way back needs: of the first half four maps, of the FFN three."""
-    norm, norm_bias, qkv, qkv_bias, project, project_bias, *projection = weights[:NUM_WEIGHTS]
-    source = norm_rows(x, norm, norm_bias)
-    source = pool(source) if pooled else source
-    queries = Weight(qkv.T, qkv_bias).product(source)
-    mixed = bf16(*source.shape[:3], len(qkv) // 3)
-    run("ATTENTION", source=queries, out=mixed, **_attention(mixed, bias, heads))
-    past, shortened = shorten(x, Projection(*projection), pooled=pooled)
-    y = _joined(Weight(project.T, project_bias), mixed, past, scale_B)
-    out, ffn_source, hidden = _feed(y, ffn_scale_B, *weights[NUM_WEIGHTS:])
-    return out, shortened, source, queries, mixed, y, ffn_source, hidden
-
-
-@recorded
-def _transform_slope(slope: Tensor, *inputs: Any, heads: int, pooled: bool) -> tuple[Any, ...]:
-    """Return the gradients of x, of the biases and of the weights.
-
-    `inputs` are both scales, the biases, the map, what `_transform` kept, and the weights.
-    """
-    kept, weights = inputs[:NUM_KEPT], inputs[NUM_KEPT:]
-    scale_B, ffn_scale_B, bias, x, shortened, source, queries, mixed, y, ffn_source, hidden = kept
-    norm, norm_bias, qkv, _, project, _, *projection = weights[:NUM_WEIGHTS]
-    slope, *ffn_slopes = _feed_slope(slope, ffn_scale_B, y, ffn_source, hidden, *weights[NUM_WEIGHTS:])
-    past, projection_slopes = shorten_slope(shortened, slope, Projection(*projection))
-    slope = slope if scale_B is None else scaled(slope, scale_B)
-    project_slopes = WeightSlope(*project.shape).add(slope, mixed).total()
-    queries_slope, bias_slope = _through_attention(Weight(project).product(slope), queries, mixed, bias, heads)
-    qkv_slopes = WeightSlope(*qkv.shape).add(queries_slope, source).total()
-    normed_slope = Weight(qkv).product(queries_slope)
-    if pooled:
-        normed = norm_rows(x, norm, norm_bias, out=torch.empty_like(x))
-        normed_slope = pool_slope(normed, normed_slope, torch.empty_like(x))
-        past = pool_slope(x, past, torch.empty_like(x))
-    x_slope, norm_slopes = norm_slope(x, normed_slope, norm, past)
-    return x_slope, bias_slope, *norm_slopes, *qkv_slopes, *project_slopes, *projection_slopes, *ffn_slopes
+    def gradients(self, slopes: Nested) -> Sequence[Tensor | None]:
+        return slopes
 
 
 def _through_attention(

@@ -7,7 +7,7 @@ is written down once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Container, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from functools import lru_cache, wraps
 from mmap import mmap
 from typing import Any, TypeVar, cast
@@ -21,7 +21,8 @@ from coatnet import native
 
 Fields = Tensor | int | float
 Tensors = Sequence[Tensor | None]
-Made = TypeVar("Made", bound="tuple[Tensor | None, ...]")
+Nested = Any  # a tensor, None, or a tuple of such
+Made = TypeVar("Made", bound="tuple[Nested, ...]")
 CACHE_LINE = 64  # bytes
 NUM_RECORDINGS = 1024  # kept: of each kind of block for each size of image and batch
 COLUMNS = {name: number for number, (name, *_) in enumerate(native.Op._fields_)}
@@ -70,26 +71,48 @@ def bf16(*shape: int) -> Tensor:
 def recorded(body: Callable[..., Made]) -> Callable[..., Made]:
     """Make a function of tensors, whose work is done by `run`, write its operations down once for each size of input.
 
-    Positional arguments are tensors or None; the others are what else the operations depend on. It is recorded with
-    tensors that have no memory ("meta"): in it torch may ask for memory (`torch.empty` of a given dtype) and take
-    views, and nothing else; it calls no other recorded function. What it does not return lies in memory that is used
-    again as soon as no operation asks for it any more, so what goes from kernel to kernel is found in the caches.
+    Positional arguments and what it returns are tensors or None, or tuples of such; the others are what else the
+    operations depend on. It is recorded with tensors that have no memory ("meta"): in it torch may ask for memory
+    (`torch.empty` of a given dtype) and take views, and nothing else; it calls no other recorded function. What it does
+    not return lies in memory that is used again as soon as no operation asks for it any more, so what goes from kernel
+    to kernel is found in the caches.
 
     Raises: RuntimeError where torch is to do anything else; AssertionError for what breaks another of these rules.
     """
 
     @wraps(body)
-    def carried_out(*inputs: Tensor | None, **options: Hashable) -> Made:
+    def carried_out(*inputs: Nested, **options: Hashable) -> Made:
         assert _OURS.recorder is None, f"{body.__name__} is called in a function that is recorded"
-        signatures = tuple(x if x is None else (x.shape, x.stride(), x.dtype) for x in inputs)
-        return cast("Made", _record(body, signatures, tuple(options.items())).carry_out(inputs))
+        given = list(leaves(inputs))
+        signatures = tuple(x if x is None else (x.shape, x.stride(), x.dtype) for x in given)
+        recording = _record(body, shape_of(inputs), signatures, tuple(options.items()))
+        return cast("Made", recording.carry_out(given))
 
     return carried_out
 
 
+def leaves(nested: Nested) -> Iterator[Tensor | None]:
+    """Return the tensors of tuples of tuples, in order."""
+    if not isinstance(nested, tuple):
+        yield nested
+        return
+    for part in cast("tuple[Nested, ...]", nested):
+        yield from leaves(part)
+
+
+def shape_of(nested: Nested) -> Any:
+    """Return tuples alone, for `nest`."""
+    return tuple(map(shape_of, nested)) if isinstance(nested, tuple) else None
+
+
+def nest(shape: Any, tensors: Iterator[Tensor | None]) -> Nested:
+    """Return tensors in tuples, as they were before `leaves`."""
+    return next(tensors) if shape is None else tuple(nest(part, tensors) for part in shape)
+
+
 @lru_cache(NUM_RECORDINGS)
 def _record(
-    body: Callable[..., Tensors], signatures: tuple[Any, ...], options: tuple[tuple[str, Hashable], ...]
+    body: Callable[..., Nested], shape: Any, signatures: tuple[Any, ...], options: tuple[tuple[str, Hashable], ...]
 ) -> _Recording:
     inputs = [
         None if signature is None else torch.empty_strided(*signature[:2], dtype=signature[2], device="meta")
@@ -98,7 +121,7 @@ def _record(
     recorder = _OURS.recorder = _Recorder()
     try:
         with torch.device("meta"), recorder:
-            returned = body(*inputs, **dict(options))
+            returned = body(*nest(shape, iter(inputs)), **dict(options))
     finally:
         _OURS.recorder = None
     return _Recording(recorder, inputs, returned)
@@ -131,7 +154,8 @@ class _Recording:
     which all else lies.
     """
 
-    def __init__(self, recorder: _Recorder, inputs: Tensors, returned: Tensors) -> None:
+    def __init__(self, recorder: _Recorder, inputs: Tensors, nested: Nested) -> None:
+        self.shape, returned = shape_of(nested), list(leaves(nested))
         results = {_storage(x) for x in returned if x is not None}
         self.made = [x for x in recorder.made if _storage(x) in results]
         apart = [*inputs, *self.made]
@@ -151,14 +175,14 @@ class _Recording:
         self.places, self.bases, starts_of = np.array(addresses, np.int64).T.copy()
         self.table[self.places] += starts_of  # a tensor without memory starts at 0: there stand offsets
 
-    def carry_out(self, inputs: Tensors) -> tuple[Tensor | None, ...]:
+    def carry_out(self, inputs: Tensors) -> Nested:
         known = [*inputs, *(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu") for x in self.made)]
         addresses = [0 if x is None else x.data_ptr() for x in known]
         addresses.append(_OURS.arena_of(self.arena_bytes))
         table = self.table.copy()
         table[self.places] += np.array(addresses, np.int64)[self.bases]
         native.run((native.Op * (len(table) // len(COLUMNS))).from_buffer(table.data), torch.get_num_threads())
-        return tuple(None if x is None else _view(known[x[0]], x[1]) for x in self.returned)
+        return nest(self.shape, (None if x is None else _view(known[x[0]], x[1]) for x in self.returned))
 
 
 def _lay_out(recorder: _Recorder, apart: Container[int]) -> tuple[dict[int, int], int]:

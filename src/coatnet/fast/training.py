@@ -6,18 +6,20 @@ kernel (`flex_attention.py`). Everything else takes the readable blocks as they 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from coatnet import native
+from coatnet.config import Size
 from coatnet.fast.batch_norm import gathers
+from coatnet.fast.chain import Link, go_through
 from coatnet.fast.flex_attention import use_flex_attention
-from coatnet.fast.fused_mbconv import Inverted, Weights
+from coatnet.fast.fused_mbconv import Inverted
 from coatnet.fast.fused_stem import Stemmed, weights_of
-from coatnet.fast.fused_tokens import HEAD_DIM, Fed, Transformed, weights_of_attention, weights_of_ffn
+from coatnet.fast.fused_tokens import HEAD_DIM, Fed, Transformed, weights_of_ffn
 from coatnet.fast.packing import bias_by_offset
 from coatnet.model.attention import Attention, FeedForward, Transformer
 from coatnet.model.layers import ConvStem, Pool, StochasticDepth
@@ -103,10 +105,18 @@ def _is_wanted(x: Tensor) -> bool:
 
 class _FusedMBConv(MBConv):
     def forward(self, x: Tensor, draws_B1: Tensor | None = None) -> Tensor:
-        norms = (self.norm, self.expand_norm, self.depthwise_norm)
-        if not (_is_wanted(x) and all(gathers(norm) for norm in norms)):
+        if not (_is_wanted(x) and self.can_link()):
             return super().forward(x, draws_B1)
-        return Inverted.apply(x, self, _scale(self.drop, draws_B1, 0), *Weights.of(self))
+        return go_through(x, [self.link(len(x), (x.shape[2], x.shape[3]), draws_B1)])
+
+    def can_link(self) -> bool:
+        """Whether this can be a link now."""
+        return all(gathers(norm) for norm in (self.norm, self.expand_norm, self.depthwise_norm))
+
+    def link(self, images: int, size: Size, draws_B1: Tensor | None) -> Link:
+        stride = self.expand.stride[0]
+        size = (-(-size[0] // stride), -(-size[1] // stride))
+        return Inverted(self, size, images, _scale(self.drop, draws_B1, 0))
 
 
 class _FusedStem(ConvStem):
@@ -120,16 +130,22 @@ class _FusedTransformer(Transformer):
     def forward(self, x: Tensor, draws_B2: Tensor | None = None) -> Tensor:
         if not _is_wanted(x):
             return super().forward(x, draws_B2)
+        if self.can_link():
+            return go_through(x, [self.link(len(x), (x.shape[2], x.shape[3]), draws_B2)])
         norm, ffn_scale_B = self.ffn_norm, _scale(self.drop, draws_B2, 1)
-        ffn = (norm.weight, norm.bias, *weights_of_ffn(self.ffn))
-        if not _fits_attention(self.attention):
-            x = self.attend(x, None if draws_B2 is None else draws_B2[:, 0]).permute(0, 2, 3, 1)
-            return Fed.apply(x, ffn_scale_B, *ffn).permute(0, 3, 1, 2)
-        strides, table = isinstance(self.pool, Pool), self.attention.weigh.bias
-        grid = (-(-x.shape[2] // 2), -(-x.shape[3] // 2)) if strides else (x.shape[2], x.shape[3])
-        bias = None if table is None else bias_by_offset(table.table, grid)
-        scale_B = _scale(self.drop, draws_B2, 0)
-        return Transformed.apply(x, self, scale_B, ffn_scale_B, bias, *weights_of_attention(self), *ffn)
+        x = self.attend(x, None if draws_B2 is None else draws_B2[:, 0]).permute(0, 2, 3, 1)
+        return Fed.apply(x, ffn_scale_B, norm.weight, norm.bias, *weights_of_ffn(self.ffn)).permute(0, 3, 1, 2)
+
+    def can_link(self) -> bool:
+        """Whether this can be a link."""
+        return _fits_attention(self.attention)
+
+    def link(self, images: int, size: Size, draws_B2: Tensor | None) -> Link:  # noqa: ARG002  (MBConv asks for images)
+        if isinstance(self.pool, Pool):
+            size = (-(-size[0] // 2), -(-size[1] // 2))
+        table = self.attention.weigh.bias
+        bias = None if table is None else bias_by_offset(table.table, size)
+        return Transformed(self, size, _scale(self.drop, draws_B2, 0), _scale(self.drop, draws_B2, 1), bias)
 
 
 class _FusedFeedForward(FeedForward):
@@ -141,6 +157,26 @@ class _FusedFeedForward(FeedForward):
         return Fed.apply(input[:, None], None, None, None, *weights_of_ffn(self))[:, 0]
 
 
+class _FusedCoAtNet(CoAtNet):
+    """The blocks of a stage are one function together. With checkpoints, or with hooks on a block, each is its own."""
+
+    def forward_stage(self, stage: nn.Module, x: Tensor, draws: Sequence[Tensor | None]) -> Tensor:
+        blocks = [block for block in stage.children() if _is_free(block)]
+        if self.activation_checkpointing or not _is_wanted(x) or len(blocks) < len(list(stage.children())):
+            return super().forward_stage(stage, x, draws)
+        links, size = list[Link](), (x.shape[2], x.shape[3])
+        for block, its_draws in zip(blocks, draws, strict=True):
+            links.append(block.link(len(x), size, its_draws))
+            size = links[-1].size
+        return go_through(x, links)
+
+
+def _is_free(block: nn.Module) -> TypeGuard[_FusedMBConv | _FusedTransformer]:
+    """Whether a block can be a link and nobody waits for its own call."""
+    hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)  # pyright: ignore
+    return type(block) in (_FusedMBConv, _FusedTransformer) and block.can_link() and not any(hooks)  # pyright: ignore
+
+
 def _scale(drop: StochasticDepth, draws: Tensor | None, branch: int) -> Tensor | None:
     """Return what each image's branch is multiplied with, (B,) fp32; None where nothing is dropped."""
     return drop.scale(None if draws is None else draws[:, branch], torch.float32)
@@ -148,6 +184,7 @@ def _scale(drop: StochasticDepth, draws: Tensor | None, branch: int) -> Tensor |
 
 # (the readable class, the fused one, for which of them)
 _FUSED: tuple[tuple[type[nn.Module], type[nn.Module], Callable[[Any], bool]], ...] = (
+    (CoAtNet, _FusedCoAtNet, lambda _: True),
     (MBConv, _FusedMBConv, _fits),
     (ConvStem, _FusedStem, _fits_stem),
     (Transformer, _FusedTransformer, lambda block: _fits_ffn(block.ffn)),

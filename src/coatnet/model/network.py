@@ -95,11 +95,14 @@ class CoAtNet(nn.Module):
         draws = self._draws(images, depth_draws)
         maps = [self.s0(images)]
         for stage in self.stages[1:]:
-            x = maps[-1]
-            for block in stage.children():
-                x = self._run(block, x, next(draws))
-            maps.append(x)
+            maps.append(self.forward_stage(stage, maps[-1], [next(draws) for _ in stage.children()]))
         return maps
+
+    def forward_stage(self, stage: nn.Module, x: Tensor, draws: Sequence[Tensor | None]) -> Tensor:
+        """Pass a map through the blocks of one of S1 .. S4, each with its draws."""
+        for block, its_draws in zip(stage.children(), draws, strict=True):
+            x = self._run(block, x, its_draws)
+        return x
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Classify a map of S4: its mean over (h, w), then `forward_pooled`: (B, D, h, w) -> (B, K)."""
