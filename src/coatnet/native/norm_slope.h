@@ -103,7 +103,7 @@ inline void normed(const Op op, int64_t thread, int64_t threads) {
     each_taken(op, thread, threads,
                [&](const char* from, int64_t at, int64_t, int64_t, int64_t c, __mmask16 mask) INLINE_LAMBDA {
                    const __m512 factor = by_channel(op.factor, c, mask), shift = by_channel(op.shift, c, mask);
-                   store<BF16>(op.out + at, _mm512_fmadd_ps(load<BF16>(from, mask), factor, shift), mask);
+                   write_on(op.out + at, _mm512_fmadd_ps(read_on(from, mask), factor, shift), mask);
                });
 }
 
@@ -111,8 +111,8 @@ inline void normed(const Op op, int64_t thread, int64_t threads) {
 inline void normed_sums(const Op op, int64_t thread, int64_t threads) {
     each_taken(op, thread, threads,
                [&](const char* from, int64_t at, int64_t unit, int64_t x, int64_t c, __mmask16 mask) INLINE_LAMBDA {
-                   const __m512 g = load<BF16>(op.gradient + at, mask);
-                   keep_sums(op, unit, c, mask, g, _mm512_mul_ps(g, load<BF16>(from, mask)), x > 0);
+                   const __m512 g = read_on(op.gradient + at, mask);
+                   keep_sums(op, unit, c, mask, g, _mm512_mul_ps(g, read_on(from, mask)), x > 0);
                });
 }
 
@@ -129,11 +129,11 @@ inline void spread(const Op op, int64_t thread, int64_t threads) {
             by_vector(op.width, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
                 const __m512 by_source = by_channel(op.mix + op.width, c, mask);
                 __m512 sum = _mm512_add_ps(by_channel(op.mix + 2 * op.width, c, mask),
-                                           load<BF16>(op.residual + at + 2 * c, mask));
-                sum = _mm512_fmadd_ps(load<BF16>(op.source + at + 2 * c, mask), by_source, sum);
+                                           read_on(op.residual + at + 2 * c, mask));
+                sum = _mm512_fmadd_ps(read_on(op.source + at + 2 * c, mask), by_source, sum);
                 if (TAKEN)
-                    sum = _mm512_fmadd_ps(load<BF16>(gradient + 2 * c, mask), by_channel(op.mix, c, mask), sum);
-                store<BF16>(op.out + at + 2 * c, sum, mask);
+                    sum = _mm512_fmadd_ps(read_on(gradient + 2 * c, mask), by_channel(op.mix, c, mask), sum);
+                write_on(op.out + at + 2 * c, sum, mask);
             });
             if (TAKEN) gradient += pixel;
         };
@@ -161,9 +161,9 @@ inline void pool_slope(const Op op, int64_t thread, int64_t threads) {
             const int64_t places[4] = {0, right, below, right + below};
             by_vector(op.width, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
                 const int64_t at = start + 2 * x * pixel + 2 * c;
-                const __m512 g = load<BF16>(op.gradient + unit * line_bytes(op) + x * pixel + 2 * c, mask);
+                const __m512 g = read_on(op.gradient + unit * line_bytes(op) + x * pixel + 2 * c, mask);
                 __m512 values[4];
-                for (int i = 0; i < 4; i++) values[i] = load<BF16>(op.source + at + places[i], mask);
+                for (int i = 0; i < 4; i++) values[i] = read_on(op.source + at + places[i], mask);
                 const __m512 largest =
                     _mm512_max_ps(_mm512_max_ps(values[0], values[1]), _mm512_max_ps(values[2], values[3]));
                 __mmask16 left = 0xffff, taken[4];
@@ -171,7 +171,7 @@ inline void pool_slope(const Op op, int64_t thread, int64_t threads) {
                     taken[i] = left & _mm512_cmp_ps_mask(values[i], largest, _CMP_EQ_OQ);
                     left &= ~taken[i];
                 }
-                for (int i = 3; i >= 0; i--) store<BF16>(op.out + at + places[i], _mm512_maskz_mov_ps(taken[i], g), mask);
+                for (int i = 3; i >= 0; i--) write_on(op.out + at + places[i], _mm512_maskz_mov_ps(taken[i], g), mask);
             });
         }
     }
@@ -190,7 +190,7 @@ inline void layer_slope(const Op op, int64_t thread, int64_t threads) {
             const int64_t start = unit * line_bytes(op) + x * pixel;
             __m512 sum = zero, squares = zero, slopes = zero, with_normed = zero;
             by_vector(C, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
-                const __m512 value = load<BF16>(op.source + start + 2 * c, mask);
+                const __m512 value = read_on(op.source + start + 2 * c, mask);
                 sum = _mm512_add_ps(sum, value);
                 _mm512_store_ps(values + c, value);
             });
@@ -203,7 +203,7 @@ inline void layer_slope(const Op op, int64_t thread, int64_t threads) {
             const float variance = _mm512_reduce_add_ps(squares) / C;
             const __m512 inverse = _mm512_set1_ps(1.0f / __builtin_sqrtf(variance + LAYER_NORM_EPS));
             by_vector(C, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
-                const __m512 g = load<BF16>(op.gradient + start + 2 * c, mask), scale = by_channel(op.scale, c, mask);
+                const __m512 g = read_on(op.gradient + start + 2 * c, mask), scale = by_channel(op.scale, c, mask);
                 const __m512 by_normed = _mm512_mul_ps(g, _mm512_mul_ps(_mm512_load_ps(values + c), inverse));
                 keep_sums(op, unit, c, mask, by_normed, g, x > 0);
                 slopes = _mm512_fmadd_ps(g, scale, slopes);
@@ -211,11 +211,11 @@ inline void layer_slope(const Op op, int64_t thread, int64_t threads) {
             });
             const __m512 by_all = mean_of(slopes), by_normed = _mm512_mul_ps(mean_of(with_normed), inverse);
             by_vector(C, [&](int64_t c, __mmask16 mask) INLINE_LAMBDA {
-                const __m512 g = load<BF16>(op.gradient + start + 2 * c, mask);
+                const __m512 g = read_on(op.gradient + start + 2 * c, mask);
                 const __m512 off = _mm512_fnmadd_ps(_mm512_load_ps(values + c), by_normed,
                                                     _mm512_fmsub_ps(g, by_channel(op.scale, c, mask), by_all));
-                const __m512 past = load<BF16>(op.residual + start + 2 * c, mask);
-                store<BF16>(op.out + start + 2 * c, _mm512_fmadd_ps(off, inverse, past), mask);
+                const __m512 past = read_on(op.residual + start + 2 * c, mask);
+                write_on(op.out + start + 2 * c, _mm512_fmadd_ps(off, inverse, past), mask);
             });
         }
 }

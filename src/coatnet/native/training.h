@@ -21,21 +21,24 @@ INLINE void keep_sums(const Op& op, int64_t unit, int64_t c, __mmask16 mask, __m
     _mm512_mask_storeu_ps(next, mask, _mm512_add_ps(second, _mm512_maskz_loadu_ps(added, next)));
 }
 
-constexpr int64_t AHEAD = 4096;  // bytes that are fetched before they are asked for
+constexpr int64_t AHEAD = 4096;  // bytes
+
+// Read or write 16 channels on a walk through memory, and have those fetched that come some way after them.
+INLINE __m512 read_on(const char* at, __mmask16 mask) {
+    _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+    return load<BF16>(at, mask);
+}
+INLINE void write_on(char* at, __m512 value, __mmask16 mask) {
+    __builtin_prefetch(at + AHEAD, 1, 3);  // it may still be another thread's
+    store<BF16>(at, value, mask);
+}
 
 // 16 channels of one pixel: where they are, what BatchNorm does to them, and what is summed over the line's pixels.
 struct Channels {
     int64_t image, first, moved;  // the last: bytes that `out` lies further than the other maps, where it has a border
     __mmask16 mask;
     __m512 factor = _mm512_setzero_ps(), shift = factor, sum = factor, second = factor;
-    INLINE __m512 read(const char* map, int64_t at) const {
-        _mm_prefetch(map + at + AHEAD, _MM_HINT_T0);
-        return load<BF16>(map + at, mask);
-    }
-    INLINE void write(char* map, int64_t at, __m512 value) const {
-        __builtin_prefetch(map + at + AHEAD, 1, 3);  // it may still be another thread's
-        store<BF16>(map + at, value, mask);
-    }
+    INLINE __m512 read(const char* map, int64_t at) const { return read_on(map + at, mask); }
     INLINE __m512 normed(__m512 value) const { return _mm512_fmadd_ps(value, factor, shift); }
 };
 
@@ -87,7 +90,7 @@ inline void acted(const Op op, int64_t thread, int64_t threads) {
     each_pixel<ONE_SUM, true>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
         const __m512 a = gelu<false>(s.normed(s.read(op.source, at)));
         s.sum = _mm512_add_ps(s.sum, a);
-        s.write(op.out, at + s.moved, a);
+        write_on(op.out + at + s.moved, a, s.mask);
     });
 }
 
@@ -108,12 +111,12 @@ inline void acted_slope(const Op op, int64_t thread, int64_t threads) {
         const __m512 mean_slope = by_channel(op.mean_slopes + s.image * op.width, s.first, s.mask);
         const __m512 h = s.read(op.source, at), z = s.normed(h);
         const Gelu a = gelu_with_slope(z);
-        s.write(op.out, at + s.moved, _mm512_mul_ps(a.value, gate));
+        write_on(op.out + at + s.moved, _mm512_mul_ps(a.value, gate), s.mask);
         const __m512 above = _mm512_fmadd_ps(s.read(op.gradient, at), gate, mean_slope);
         const __m512 slope = _mm512_mul_ps(above, a.slope);
         s.sum = _mm512_add_ps(s.sum, slope);
         s.second = _mm512_fmadd_ps(slope, h, s.second);
-        s.write(op.gradient, at, slope);
+        write_on(op.gradient + at, slope, s.mask);
     });
 }
 
@@ -275,6 +278,6 @@ inline void depthwise_slope(const Op op, int64_t thread, int64_t threads) {
 // MIXED: out = mix0 * gradient + mix1 * source + mix2.
 inline void mixed(const Op op, int64_t thread, int64_t threads) {
     each_pixel<NO_SUMS, false>(op, thread, threads, [&](Channels& s, int64_t at) INLINE_LAMBDA {
-        s.write(op.out, at, mixture(op, s.read(op.gradient, at), s.read(op.source, at), s.first, s.mask));
+        write_on(op.out + at, mixture(op, s.read(op.gradient, at), s.read(op.source, at), s.first, s.mask), s.mask);
     });
 }
