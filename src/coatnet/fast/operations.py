@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from functools import lru_cache, wraps
 from mmap import mmap
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ def recorded(body: Callable[..., Made]) -> Callable[..., Made]:
     @wraps(body)
     def carried_out(*inputs: Nested, **options: Hashable) -> Made:
         assert _OURS.recorder is None, f"{body.__name__} is called in a function that is recorded"
-        given = list(leaves(inputs))
+        given = leaves(inputs)
         signatures = tuple(x if x is None else (x.shape, x.stride(), x.dtype) for x in given)
         recording = _record(body, shape_of(inputs), signatures, tuple(options.items()))
         return cast("Made", recording.carry_out(given))
@@ -91,13 +91,19 @@ def recorded(body: Callable[..., Made]) -> Callable[..., Made]:
     return carried_out
 
 
-def leaves(nested: Nested) -> Iterator[Tensor | None]:
+def leaves(nested: Nested) -> list[Tensor | None]:
     """Return the tensors of tuples of tuples, in order."""
-    if not isinstance(nested, tuple):
-        yield nested
-        return
-    for part in cast("tuple[Nested, ...]", nested):
-        yield from leaves(part)
+    found = list[Tensor | None]()
+    _collect((nested,), found)
+    return found
+
+
+def _collect(parts: tuple[Nested, ...], found: list[Tensor | None]) -> None:
+    for part in parts:
+        if isinstance(part, tuple):
+            _collect(cast("tuple[Nested, ...]", part), found)
+        else:
+            found.append(part)
 
 
 def shape_of(nested: Nested) -> Any:
@@ -107,7 +113,7 @@ def shape_of(nested: Nested) -> Any:
 
 def nest(shape: Any, tensors: Iterator[Tensor | None]) -> Nested:
     """Return tensors in tuples, as they were before `leaves`."""
-    return next(tensors) if shape is None else tuple(nest(part, tensors) for part in shape)
+    return tuple([next(tensors) if part is None else nest(part, tensors) for part in shape])
 
 
 @lru_cache(NUM_RECORDINGS)
@@ -155,14 +161,14 @@ class _Recording:
     """
 
     def __init__(self, recorder: _Recorder, inputs: Tensors, nested: Nested) -> None:
-        self.shape, returned = shape_of(nested), list(leaves(nested))
+        self.shape, returned = shape_of(nested), leaves(nested)
         results = {_storage(x) for x in returned if x is not None}
         self.made = [x for x in recorder.made if _storage(x) in results]
         apart = [*inputs, *self.made]
         bases = {_storage(x): (number, 0) for number, x in enumerate(apart) if x is not None}
         starts, self.arena_bytes = _lay_out(recorder, bases)
         bases.update((storage, (len(apart), start)) for storage, start in starts.items())
-        self.returned = [None if x is None else (_base(x, bases)[0], x) for x in returned]
+        self.returned = [None if x is None else _Returned.of(_base(x, bases)[0], x, apart) for x in returned]
         ops = (native.Op * len(recorder.gathered))(*(op for op, _ in recorder.gathered))
         self.table = np.frombuffer(bytes(ops), np.int64).copy()
         assert recorder.gathered, "nothing is recorded"
@@ -182,7 +188,30 @@ class _Recording:
         table = self.table.copy()
         table[self.places] += np.array(addresses, np.int64)[self.bases]
         native.run((native.Op * (len(table) // len(COLUMNS))).from_buffer(table.data), torch.get_num_threads())
-        return nest(self.shape, (None if x is None else _view(known[x[0]], x[1]) for x in self.returned))
+        return nest(self.shape, iter([None if x is None else x.found_in(known) for x in self.returned]))
+
+
+class _Returned(NamedTuple):
+    """Which of the known tensors is returned, and what view of it, if not all."""
+
+    number: int
+    view: tuple[torch.Size, tuple[int, ...], int] | None
+
+    @classmethod
+    def of(cls, number: int, like: Tensor, apart: Tensors) -> _Returned:
+        whole = apart[number]
+        assert whole is not None
+        if whole.shape == like.shape and whole.stride() == like.stride() and not like.storage_offset():
+            return cls(number, None)
+        return cls(number, (like.shape, like.stride(), int(like.storage_offset())))
+
+    def found_in(self, known: Tensors) -> Tensor:
+        whole = known[self.number]
+        assert whole is not None
+        if self.view is None:
+            return whole
+        size, stride, offset = self.view
+        return whole.as_strided(size, stride, whole.storage_offset() + offset)
 
 
 def _lay_out(recorder: _Recorder, apart: Container[int]) -> tuple[dict[int, int], int]:
@@ -219,11 +248,3 @@ def _base(x: Tensor, bases: dict[int, tuple[int, int]]) -> tuple[int, int]:
 
 def _storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]  (it has no other name)
-
-
-def _view(known: Tensor | None, like: Tensor) -> Tensor:
-    """Return what the stand-in `like` is of the tensor that its storage stands for."""
-    assert known is not None
-    if known.shape == like.shape and known.stride() == like.stride() and not like.storage_offset():
-        return known
-    return known.as_strided(like.shape, like.stride(), known.storage_offset() + like.storage_offset())
