@@ -20,7 +20,6 @@ from coatnet.fast.kernels import (
     floats,
     groups,
     run_map,
-    sum_of_rows,
 )
 from coatnet.fast.operations import bf16, fp32, recorded, run
 from coatnet.model.layers import ConvStem
@@ -117,14 +116,14 @@ def _stem_slope(
         inputs[:num_norms], inputs[num_norms], inputs[num_norms + 1 : 2 * num_norms], inputs[2 * num_norms :],
     )  # fmt: skip
     made = [Weight(first.T, first_bias).product(patches), *maps]
-    slopes: list[Tensor | None] = [sum_of_rows(slope)]  # from the last to the first
+    slopes = list[Tensor | None]()  # from the last to the first; a norm takes the bias before it away again
     for before, moments, weight in zip(made[::-1], found[::-1], back[::-1], strict=True):
         of = Moments(moments, before[..., 0].numel())
-        slope, taps_slope, sums = _slopes(before, slope, of, Weight(weight.T), ones, zeros)
+        slope, taps_slope, bias_slope, sums = _slopes(before, slope, of, Weight(weight.T), ones, zeros)
         scale_slope, shift_slope, mix = of.backward(sums)
         run_map("MIXED", before, gradient=slope, mix=mix, out=slope)
-        slopes += [taps_slope, shift_slope, scale_slope, None]
-    return WeightSlope(slope.shape[3], patches.shape[3]).add(slope, patches).total()[0], *slopes[::-1]
+        slopes += [None if slopes else bias_slope, taps_slope, shift_slope, scale_slope]
+    return WeightSlope(slope.shape[3], patches.shape[3]).add(slope, patches).total()[0], None, *slopes[::-1]
 
 
 def _pairs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -144,8 +143,8 @@ def _act_and_convolve(x: Tensor, moments: Moments, weight: Weight) -> Tensor:
 
 def _slopes(
     x: Tensor, slope: Tensor, moments: Moments, weight: Weight, ones: Tensor, zeros: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Go back through `_act_and_convolve`: the gradients of what GELU took and of the weight, and the former's sums.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Go back through `_act_and_convolve`: the gradients of what GELU took, of weight and bias, and the first's sums.
 
     `weight` is that of the way back.
     """
@@ -158,7 +157,7 @@ def _slopes(
             "ACTED_SLOPE", x[group], gradient=acted_slope[group], gates=ones[group], mean_slopes=zeros[group],
             sums=sums[group], **_inside(acted[group]), **moments.fields,
         )  # fmt: skip
-    return acted_slope, _taps_slope(padded, acted), sums
+    return acted_slope, *_taps_slope(padded, acted), sums
 
 
 def _unfold(images: Tensor, stride: int) -> Tensor:
@@ -199,8 +198,8 @@ def _convolve(padded: Tensor, weight: Weight, out: Tensor) -> None:
     )  # fmt: skip
 
 
-def _taps_slope(slope: Tensor, source: Tensor) -> Tensor:
-    """Return the gradient of a 3x3 convolution's weight, (D, C, 3, 3), from bordered maps.
+def _taps_slope(slope: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of a 3x3 convolution's weight, (D, C, 3, 3), and bias, (D,), from bordered maps.
 
     On flat pixels a tap is an offset: what reaches over an edge meets a slope of zero. The three taps of a line lie
     side by side.
@@ -211,4 +210,5 @@ def _taps_slope(slope: Tensor, source: Tensor) -> Tensor:
     found = WeightSlope(D, 3 * C, segments=3).add(
         flat_slope[start:], flat_source[start - W - 1 :], cells=B * H * W - 2 * start, segment_stride=2 * C * W
     )
-    return found.total()[0].view(D, 3, 3, C).permute(0, 3, 1, 2)
+    taps, bias = found.total()
+    return taps.view(D, 3, 3, C).permute(0, 3, 1, 2), bias

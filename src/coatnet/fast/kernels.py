@@ -221,11 +221,6 @@ def pool_slope(x: Tensor, slope: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def sum_of_rows(slope: Tensor) -> Tensor:
-    """Return the gradient of a bias: (B, ..., N) bf16 -> (N,) float32."""
-    return total(run_map("MOMENTS", slope.reshape(len(slope), 1, -1, slope.shape[-1])).flatten(0, 1))[0]
-
-
 def scaled(x: Tensor, scale_B: Tensor, past: Tensor | None = None) -> Tensor:
     """Multiply each image of a map (B, H, W, C) bf16 by its own number, fp32, and add `past`, where given."""
     (B, H, W, C), out = x.shape, torch.empty_like(x)
