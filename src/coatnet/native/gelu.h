@@ -69,8 +69,8 @@ constexpr Pieces<4, false> EXACT_G(G, EXACT_END / PIECES, 0.5);
 
 INLINE __m512 exact_G(__m512 x) {
     const float last = PIECES - 0.5001f;  // a little within the last piece
-    const __m512 u = _mm512_fmsub_ps(_mm512_abs_ps(x), _mm512_set1_ps(PIECES / EXACT_END), _mm512_set1_ps(0.5f));
-    const __m512 within = _mm512_min_ps(_mm512_set1_ps(last), u);  // in this order a NaN stays
+    const __m512 end = _mm512_set1_ps((last + 0.5f) * EXACT_END / PIECES);
+    const __m512 within = _mm512_fmsub_ps(_mm512_range_ps(x, end, 10), _mm512_set1_ps(PIECES / EXACT_END), _mm512_set1_ps(0.5f));
     const __m512 n = _mm512_add_ps(within, _mm512_set1_ps(MAGIC));
     return EXACT_G(_mm512_castps_si512(n), _mm512_sub_ps(within, _mm512_sub_ps(n, _mm512_set1_ps(MAGIC))));
 }
@@ -85,7 +85,7 @@ struct Place {
 };
 
 INLINE Place short_place(__m512 x) {
-    const __m512 u = _mm512_min_ps(_mm512_set1_ps(LAST), _mm512_abs_ps(x));  // in this order a NaN stays
+    const __m512 u = _mm512_range_ps(x, _mm512_set1_ps(LAST), 10);
     return {_mm512_castps_si512(_mm512_add_ps(u, _mm512_set1_ps(MAGIC * QUARTER))), u};
 }
 
