@@ -28,18 +28,18 @@ extern "C" int coatnet_supports(void) {  // before the pragma: this must run on 
 
 namespace {
 
-void carry_out(const Op& op, int64_t thread, int64_t threads) {
+void carry_out(const Op& op, int64_t thread, int64_t threads, const Ahead& later) {
     switch (op.kind) {
         case UNFOLD:
             return op.out_type == FP32 ? unfold<FP32>(op, thread, threads) : unfold<BF16>(op, thread, threads);
         case PRODUCT:
-            if (op.type == FP32) return product<FP32, FP32>(op, thread, threads);
-            if (op.type == BF16 && op.out_type == FP32) return product<BF16, FP32>(op, thread, threads);
+            if (op.type == FP32) return product<FP32, FP32>(op, thread, threads, later);
+            if (op.type == BF16 && op.out_type == FP32) return product<BF16, FP32>(op, thread, threads, later);
             if (op.type == BF16)
-                return op.out_type == BF16 ? product<BF16, BF16>(op, thread, threads)
-                                           : product<BF16, UINT8>(op, thread, threads);
-            return op.out_type == BF16 ? product<UINT8, BF16>(op, thread, threads)
-                                       : product<UINT8, UINT8>(op, thread, threads);
+                return op.out_type == BF16 ? product<BF16, BF16>(op, thread, threads, later)
+                                           : product<BF16, UINT8>(op, thread, threads, later);
+            return op.out_type == BF16 ? product<UINT8, BF16>(op, thread, threads, later)
+                                       : product<UINT8, UINT8>(op, thread, threads, later);
         case DEPTHWISE:
             if (op.type == FP32) return depthwise<FP32, FP32>(op, thread, threads);
             if (op.type == BF16) return depthwise<BF16, BF16>(op, thread, threads);
@@ -109,6 +109,13 @@ void carry_out(const Op& op, int64_t thread, int64_t threads) {
     }
 }
 
+// What a thread reads first of the next product's weights, unless they are still to be made.
+Ahead weights_to_come(const Op* op, const Op* end, int64_t thread, int64_t threads) {
+    for (; op < end && op->kind != PACK && op->kind != SCALE; op++)
+        if (op->kind == PRODUCT) return first_panel(*op, thread, threads);
+    return {nullptr, nullptr};
+}
+
 // Where threads wait for each other. OpenMP's own barrier sleeps at once where the process has more threads than cores,
 // and waking takes as long as a small operation.
 class Meeting {
@@ -139,9 +146,10 @@ extern "C" void coatnet_run(const Op* ops, int64_t count, int64_t threads, doubl
 #pragma omp parallel num_threads(threads)
     for (int64_t i = 0; i < count; i++) {
         const auto start = std::chrono::steady_clock::now();
-        carry_out(ops[i], omp_get_thread_num(), omp_get_num_threads());
-        meeting.wait(omp_get_num_threads());
-        if (seconds && omp_get_thread_num() == 0)
+        const int64_t thread = omp_get_thread_num(), present = omp_get_num_threads();
+        carry_out(ops[i], thread, present, weights_to_come(ops + i + 1, ops + count, thread, present));
+        meeting.wait(present);
+        if (seconds && thread == 0)
             seconds[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
 }

@@ -193,15 +193,37 @@ constexpr int64_t BIG_BYTES = 1 << 18;     // weights that share the second cach
 constexpr int64_t ROWS_BYTES = 160 << 10;  // of A kept in the second cache while panels of W pass by
 constexpr int64_t PART_STEPS = 768;        // of K at once, so that enough rows fit there
 
+// A product's weights as panels, and what a thread does of it: its panels for all tiles of rows, or its tiles for all panels.
+struct Division {
+    int64_t steps, panels, panel_bytes;  // steps: of one segment
+    int64_t per_line, tiles;             // of rows
+    Share columns, rows;
+
+    Division(const Op& op, int64_t thread, int64_t threads)
+        : steps(op.depth * (op.type == FP32 ? 4 : op.type == BF16 ? 2 : 1) / 4),
+          panels((op.width + PANEL - 1) / PANEL),
+          panel_bytes(op.segments * steps * 128),
+          per_line((op.cells + ROWS - 1) / ROWS),
+          tiles(op.images * op.lines * per_line),
+          columns(panels, 0, 1),
+          rows(tiles, 0, 1) {
+        const int64_t rows_bytes = tiles * ROWS * op.segments * steps * 4;
+        const bool by_panel = panels * panel_bytes > rows_bytes && panels >= threads;
+        (by_panel ? columns : rows) = Share(by_panel ? panels : tiles, thread, threads);
+    }
+};
+
+// The weights that a thread reads first in a product that is still to come.
+inline Ahead first_panel(const Op& op, int64_t thread, int64_t threads) {
+    const Division of(op, thread, threads);
+    const char* const at = op.weight + of.columns.first * of.panel_bytes;
+    return {at, at + of.panel_bytes};
+}
+
+// `later` is fetched beside the last panel.
 template <int TYPE, int OUT>
-void product(const Op& op, int64_t thread, int64_t threads) {
-    const int64_t steps = op.depth * bytes(TYPE) / 4;  // of one segment
-    const int64_t panels = (op.width + PANEL - 1) / PANEL, panel_bytes = op.segments * steps * 128;
-    const int64_t per_line = (op.cells + ROWS - 1) / ROWS, num_tiles = op.images * op.lines * per_line;
-    const int64_t row_bytes = op.segments * op.depth * bytes(TYPE);
-    const bool by_panel = panels * panel_bytes > num_tiles * ROWS * row_bytes && panels >= threads;
-    const Share columns = by_panel ? Share(panels, thread, threads) : Share(panels, 0, 1);
-    const Share rows = by_panel ? Share(num_tiles, 0, 1) : Share(num_tiles, thread, threads);
+void product(const Op& op, int64_t thread, int64_t threads, const Ahead& later) {
+    const auto [steps, panels, panel_bytes, per_line, num_tiles, columns, rows] = Division(op, thread, threads);
     const int64_t part_steps = op.segments == 1 ? std::min(steps, op.part ? op.part : PART_STEPS) : steps;
     const int64_t group = std::max<int64_t>(1, ROWS_BYTES / (ROWS * op.segments * part_steps * 4));
     const bool is_big = panels * panel_bytes > BIG_BYTES && !op.weight_image;
@@ -213,7 +235,8 @@ void product(const Op& op, int64_t thread, int64_t threads) {
                 const int64_t now = std::min(part_steps, steps - k);
                 const char* following = op.weight + (panel + 1) * panel_bytes + k * 128;
                 const bool fetch = is_big && panel + 1 < columns.last;
-                Ahead ahead = {following, fetch ? following + op.segments * now * 128 : following};
+                const bool ends = start + group >= rows.last && k + now == steps && panel + 1 == columns.last;
+                Ahead ahead = ends ? later : Ahead{following, fetch ? following + op.segments * now * 128 : following};
                 Part part = {k == 0, k + now == steps, between + (panel - columns.first) * group * ROWS * 128};
                 for (int64_t t = start, next; t < std::min(start + group, rows.last); t = next) {
                     const int64_t line = t / per_line, first = t % per_line;
