@@ -83,8 +83,9 @@ def _num_rows(sums: Tensor) -> int:
 
 
 def gathers(norm: nn.Module) -> bool:
-    """Whether a BatchNorm norms by the batch and moves statistics in fp32 on, as the kernels do."""
-    assert isinstance(norm, nn.BatchNorm2d)
+    """Whether this is a BatchNorm that norms by the batch and moves statistics in fp32 on, as the kernels do."""
+    if not isinstance(norm, nn.BatchNorm2d):
+        return False
     running = (norm.running_mean, norm.running_var)
     are_plain = all(part is not None and part.dtype == torch.float32 and part.is_contiguous() for part in running)
     return norm.training and are_plain and norm.momentum is not None

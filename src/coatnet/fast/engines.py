@@ -75,8 +75,8 @@ class _Native(OptimizedModel):
     def _logits(self, images: Tensor) -> Tensor:
         # Beside one image's work each operation of torch is felt here.
         (count, _, height, width), threads = images.shape, torch.get_num_threads()
-        means = images.new_empty(count, self.folded.num_features)
-        logits = images.new_empty(count, self.folded.config.num_classes)
+        means = torch.empty(count, self.folded.num_features, dtype=torch.float32, device="cpu")
+        logits = torch.empty(count, self.folded.config.num_classes, dtype=torch.float32, device="cpu")
         most = max(1, CHUNK_BYTES // (VALUE_BYTES[self.precision] * height * width))
         with self.turn:
             chunks = [(images, means)] if count <= most else zip(images.split(most), means.split(most), strict=True)

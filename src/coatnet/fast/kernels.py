@@ -181,9 +181,9 @@ def _is_plain(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and weight.is_contiguous()
 
 
-def norm_rows(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+def norm_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """LayerNorm over the channels: (B, H, W, C) bf16 -> the same."""
-    (B, H, W, C), out = x.shape, torch.empty_like(x) if out is None else out
+    (B, H, W, C), out = x.shape, torch.empty_like(x)
     run(
         "NORM", type=BF16, out_type=BF16, images=B, lines=H, cells=W, width=C, source=x, scale=weight,
         bias=bias, out=out,

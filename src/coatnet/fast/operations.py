@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from functools import lru_cache, wraps
-from mmap import mmap
+from mmap import ACCESS_COPY, mmap
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -24,7 +24,7 @@ Tensors = Sequence[Tensor | None]
 Nested = Any  # a tensor, None, or a tuple of such
 Made = TypeVar("Made", bound="tuple[Nested, ...]")
 CACHE_LINE = 64  # bytes
-NUM_RECORDINGS = 1024  # kept: of each kind of block for each size of image and batch
+NUM_RECORDINGS = 1024  # kept: of each stage or block for each size of image and batch
 COLUMNS = {name: number for number, (name, *_) in enumerate(native.Op._fields_)}
 
 
@@ -51,7 +51,7 @@ class _Ours(threading.local):
         They come from the system and not from the heap, where an arena that became too small would leave a hole.
         """
         if self.arena.nbytes < num_bytes:
-            self.arena = np.frombuffer(mmap(-1, num_bytes), np.uint8)
+            self.arena = np.frombuffer(mmap(-1, num_bytes, access=ACCESS_COPY), np.uint8)  # a fork gets its own
         return self.arena.ctypes.data
 
 

@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook  # pyright: ignore[reportPrivateUsage]
 
 from coatnet import native
 from coatnet.config import Size
@@ -158,23 +159,33 @@ class _FusedFeedForward(FeedForward):
 
 
 class _FusedCoAtNet(CoAtNet):
-    """The blocks of a stage are one function together. With checkpoints, or with hooks on a block, each is its own."""
+    """The blocks of a stage are one function. With checkpoints, or where a block is to be called, each is its own."""
 
     def forward_stage(self, stage: nn.Module, x: Tensor, draws: Sequence[Tensor | None]) -> Tensor:
-        blocks = [block for block in stage.children() if _is_free(block)]
-        if self.activation_checkpointing or not _is_wanted(x) or len(blocks) < len(list(stage.children())):
+        blocks = list(stage.children())
+        if not blocks or self.activation_checkpointing or not _is_wanted(x) or not _learns(x, blocks[0]):
+            return super().forward_stage(stage, x, draws)
+        free = [block for block in blocks if _is_free(block)]
+        if len(free) < len(blocks):
             return super().forward_stage(stage, x, draws)
         links, size = list[Link](), (x.shape[2], x.shape[3])
-        for block, its_draws in zip(blocks, draws, strict=True):
+        for block, its_draws in zip(free, draws, strict=True):
             links.append(block.link(len(x), size, its_draws))
             size = links[-1].size
         return go_through(x, links)
 
 
+def _learns(x: Tensor, block: nn.Module) -> bool:
+    """Whether there is a way back through a block: a chain keeps the maps of all that it goes through."""
+    return x.requires_grad or any(parameter.requires_grad for parameter in block.parameters())
+
+
 def _is_free(block: nn.Module) -> TypeGuard[_FusedMBConv | _FusedTransformer]:
-    """Whether a block can be a link and nobody waits for its own call."""
+    """Whether a block can be a link and nobody waits for its own call: no hook, no `forward` put in its place."""
+    if type(block) not in (_FusedMBConv, _FusedTransformer) or "forward" in vars(block):
+        return False
     hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)  # pyright: ignore
-    return type(block) in (_FusedMBConv, _FusedTransformer) and block.can_link() and not any(hooks)  # pyright: ignore
+    return block.can_link() and not any(hooks) and not _has_any_global_hook()  # pyright: ignore
 
 
 def _scale(drop: StochasticDepth, draws: Tensor | None, branch: int) -> Tensor | None:

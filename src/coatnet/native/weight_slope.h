@@ -168,6 +168,12 @@ inline void weight_slope(const Op& op, int64_t thread, int64_t threads) {
         own.source += op.source_cell * pixels.first;
         own.out += 4 * part * op.width * op.segments * op.depth;
         if (own.sums) own.sums += part * op.width;
+        if (own.cells == 0) {  // one pixel has no second half
+            if (op.adds || unit % a_part) continue;
+            std::fill_n((float*)own.out, op.width * op.segments * op.depth, 0.0f);
+            if (own.sums) std::fill_n(own.sums, op.width, 0.0f);
+            continue;
+        }
         weight_slope_of(own, unit % a_part, a_part);
     }
 }
