@@ -56,13 +56,14 @@ class Transformed(Link):
         assert isinstance(block.attention, Attention)
         norm = block.ffn_norm
         self.size = size
-        self.learned = (bias, *weights_of_attention(block), norm.weight, norm.bias, *weights_of_ffn(block.ffn))
+        self.attention, self.ffn = weights_of_attention(block), (norm.weight, norm.bias, *weights_of_ffn(block.ffn))
+        self.learned = (bias, *self.attention, *self.ffn)
         self.scales = scale_B, ffn_scale_B
         self.options = block.attention.num_heads, pools(block.shortcut)
 
     def read(self) -> tuple[Nested, Nested]:
-        learned = floats(self.learned)
-        return (), (self.scales, learned[0], tuple(learned[1:9]), tuple(learned[9:]))
+        bias, attention, ffn = floats(self.learned[:1]), floats(self.attention), floats(self.ffn)
+        return (), (self.scales, *bias, tuple(attention), tuple(ffn))
 
     @staticmethod
     def there(x: Tensor, alone: Nested, both: Nested, options: tuple[int, bool]) -> tuple[Tensor, Nested]:  # noqa: ARG004
