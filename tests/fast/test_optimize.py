@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 import coatnet
 from coatnet import native
+from coatnet.config import Precision
 from coatnet.errors import ConfigError
-from coatnet.fast import engines
+from coatnet.fast import engines, plan
 from coatnet.fast.folding import fold
-from coatnet.fast.plan import why_not
+from coatnet.fast.plan import images_at_once, why_not
 from coatnet.model.network import CoAtNet
 from coatnet.zoo import ZOO
 from model.networks import KINDS, config_of, images, network
@@ -125,6 +127,36 @@ def test_any_size_and_batch(kind: str, height: int, width: int, batch: int):
 
 
 NATIVE = {kind: coatnet.optimize(model) for kind, model in FAST.items()} if native.missing("fp32") is None else {}
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize("name", ["coatnet_0", "coatnet_2", "coatnet_7", "coatnet_pico"])
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(height=st.integers(1, 600), width=st.integers(1, 600))
+def test_stages_take_more_images_as_their_maps_shrink(name: str, precision: Any, height: int, width: int):
+    at_once = images_at_once(replace(ZOO[name].config, image_size=(height, width)), precision)
+    assert len(at_once) == 5
+    assert at_once[0] >= 1
+    assert all(after % before == 0 for before, after in pairwise(at_once)), f"groups do not share out: {at_once}"
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", get_args(Precision))
+@pytest.mark.parametrize("kind", FAST)
+def test_groups_of_images_change_nothing(kind: str, precision: Any, monkeypatch: pytest.MonkeyPatch):
+    """Where maps are large, the first stages take a few images and the later ones more; the last group is smaller."""
+    model, x = FAST[kind], images(13, (64, 61))
+    config = replace(model.config, image_size=(64, 61))
+    all_at_once = images_at_once(config, precision)[0]
+    assert all_at_once >= len(x), "these images are in groups already"
+    want = coatnet.optimize(model, precision=precision, calibration=x)(x)
+    for most in (1, 2, 3):
+        monkeypatch.setattr(plan, "AT_ONCE_BYTES", int(plan.AT_ONCE_BYTES * (most + 0.5) / all_at_once))
+        groups = images_at_once(config, precision)
+        assert groups[0] == most
+        found = coatnet.optimize(model, precision=precision, calibration=x)(x)
+        assert torch.equal(found, want), f"groups of {groups}: {(found - want).abs().max():.1e} off"
+        monkeypatch.undo()
 
 
 @needs_kernels

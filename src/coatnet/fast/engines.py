@@ -6,6 +6,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import get_args
@@ -21,16 +22,12 @@ from coatnet.fast.compiling import compile_for_sizes, many_forms
 from coatnet.fast.cuda_form import Graphed
 from coatnet.fast.folding import fold
 from coatnet.fast.packing import Packing
-from coatnet.fast.plan import HeadPlan, Plan, why_not
+from coatnet.fast.plan import HeadPlan, Plan, images_at_once, why_not
 from coatnet.files import private_cache
 from coatnet.model.network import CoAtNet
 
 LOG = logging.getLogger("coatnet")
 KEPT_SIZES = 4  # batches and image sizes that an engine stays ready for
-# Pixels times bytes a value computed at once, so 4 images of 224 px in 8 bits and 1 in fp32: the maps of more fall out
-# of the caches, for fewer the weights are read more often.
-CHUNK_BYTES = 4 * 224 * 224
-VALUE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
 class OptimizedModel(ABC):
@@ -68,6 +65,9 @@ class _Native(OptimizedModel):
     def __init__(self, folded: CoAtNet, precision: Precision, ranges: Ranges) -> None:
         super().__init__(folded, precision)
         packing = Packing(network=folded, precision=precision, ranges=ranges)
+        self.at_once = lru_cache(KEPT_SIZES)(
+            lambda *size: images_at_once(replace(folded.config, image_size=size), precision)[-1]
+        )
         self.plan = lru_cache(KEPT_SIZES)(lambda *shape: Plan(packing, *shape))
         self.head = lru_cache(KEPT_SIZES)(lambda count: HeadPlan(packing, count))
         self.turn = threading.Lock()
@@ -77,7 +77,7 @@ class _Native(OptimizedModel):
         (count, _, height, width), threads = images.shape, torch.get_num_threads()
         means = torch.empty(count, self.folded.num_features, dtype=torch.float32, device="cpu")
         logits = torch.empty(count, self.folded.config.num_classes, dtype=torch.float32, device="cpu")
-        most = max(1, CHUNK_BYTES // (VALUE_BYTES[self.precision] * height * width))
+        most = self.at_once(height, width)
         with self.turn:
             chunks = [(images, means)] if count <= most else zip(images.split(most), means.split(most), strict=True)
             for chunk, its_means in chunks:

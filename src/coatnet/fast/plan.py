@@ -9,13 +9,17 @@ attention is global and its MBConv blocks are normed by BatchNorm; `why_not` say
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from coatnet import native
-from coatnet.config import ModelConfig
+from coatnet.config import ModelConfig, Precision
 from coatnet.fast.packing import PANEL, PER_STEP, Packed, Packing, bias_by_offset, gates_the_map, padded, panels
 from coatnet.fast.rows import Map, Rows
+from coatnet.layout import EXPANSION, unroll
 from coatnet.model.attention import Attention, Transformer
 from coatnet.model.layers import PatchStem, Pool
 from coatnet.model.mbconv import MBConv
@@ -23,6 +27,10 @@ from coatnet.model.mbconv import MBConv
 # Steps of K that the head sums at once. Its errors go straight into the logits, and long sums round more than short
 # ones.
 HEAD_PART = 64
+# Of a stage's widest map, for all images that it takes at once: the maps of more fall out of the caches, for fewer the
+# weights are read more often.
+AT_ONCE_BYTES = 4 * 4 * 96 * 56 * 56
+VALUE_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
 def why_not(config: ModelConfig) -> str | None:
@@ -39,58 +47,109 @@ def why_not(config: ModelConfig) -> str | None:
     return None
 
 
+def images_at_once(config: ModelConfig, precision: Precision) -> list[int]:
+    """Return how many images S0 .. S4 take at once at the config's size, each a multiple of what those before it do."""
+    widest = [0] * 5  # values an image, by stage
+    for block in unroll(config):
+        values = EXPANSION * block.out_dim * math.prod(block.grid)
+        widest[block.stage] = max(widest[block.stage], values)
+    at_once = [1]
+    for values in widest[1:]:
+        fit = AT_ONCE_BYTES // max(1, VALUE_BYTES[precision] * values)
+        at_once.append(max(at_once[-1], fit - fit % at_once[-1]))
+    return [at_once[1], *at_once[1:]]  # the stem goes with S1
+
+
+def _for_images(first: int, rows: list[dict[str, int]], image_bytes: int) -> list[dict[str, int]]:
+    """Return a group's rows for the images from number `first` on, with its map where theirs lies."""
+    unfold = native.KINDS["UNFOLD"]
+    moved = [{**row, "source": row.get("source", 0) + first} if row["kind"] == unfold else row for row in rows]
+    return [*moved[:-1], {**moved[-1], "out": moved[-1]["out"] + first * image_bytes}]
+
+
 class Plan(Rows):
     """The operations up to the means over S4's map, for a number of images of one size.
 
-    `run` takes images (images, C, H, W) float32 in any memory layout and gives means (images, D).
+    `run` takes images (images, C, H, W) float32 in any memory layout and gives means (images, D). Within it each stage
+    takes so many images at once as `images_at_once` says.
     """
 
     def __init__(self, packing: Packing, images: int, height: int, width: int) -> None:
-        super().__init__(packing, images)
-        self._trace(height, width)
+        super().__init__(packing)
+        self.config = replace(packing.network.config, image_size=(height, width))
+        self.at_once = images_at_once(self.config, packing.precision)
+        x = self._stages(4, images)
+        means = torch.empty(images, packing.network.num_features)  # `run` gives others of this shape
+        self._add("MEAN", x, means, in_lines=x.data.shape[1], in_cells=x.data.shape[2], width=x.data.shape[3])
         self._close()
+        self.given = [(op, op.source or 0) for op in self.ops if op.kind == native.KINDS["UNFOLD"]]
 
     def run(self, given: Tensor, out: Tensor, num_threads: int) -> None:
-        first = self.ops[0]
         images = native.within_reach(given)
         strides = [4 * step for step in images.stride()]
-        first.source = images.data_ptr()
-        first.source_image, first.source_channel, first.source_line, first.source_cell = strides
+        for op, number in self.given:
+            op.source = images.data_ptr() + number * strides[0]
+            op.source_image, op.source_channel, op.source_line, op.source_cell = strides
         self.ops[len(self.ops) - 1].out = out.data_ptr()
         native.run(self.ops, num_threads)
 
-    def _trace(self, height: int, width: int) -> None:
+    def _stages(self, last: int, count: int, out: Map | None = None) -> Map:
+        """Add the rows of S0 to S`last` for so many images; their map lies in `out`, where that is given."""
         network = self.packing.network
-        x = self._stem(network.s0, height, width)
-        for block in network.blocks:
-            x = self._mbconv(block, x) if isinstance(block, MBConv) else self._transformer(block, x)
-        means = torch.empty(self.images, network.num_features)  # `run` gives others of this shape
-        self._add("MEAN", x, means, in_lines=x.data.shape[1], in_cells=x.data.shape[2], width=x.data.shape[3])
+        blocks = list(network.stages[last].children()) if last else []
+        if last and not blocks:
+            return self._stages(last - 1, count, out)
+        x = self._in_groups(last - 1, count) if last else self._stem(network.s0, count, out)
+        for block in blocks:
+            its_out = out if block is blocks[-1] else None
+            x = self._mbconv(block, x, its_out) if isinstance(block, MBConv) else self._transformer(block, x, its_out)
+        return x
+
+    def _in_groups(self, last: int, count: int) -> Map:
+        """Add the rows of S0 to S`last` for as many images as that stage takes at once, group after group."""
+        most = self.at_once[last]
+        if count <= most:
+            return self._stages(last, count)
+        blocks = [block for block in unroll(self.config) if block.stage <= last]
+        shape = (*blocks[-1].grid, blocks[-1].out_dim) if blocks else (*self.config.grids[0], self.config.widths[0])
+        whole = self._map(f"s{last}", (count, *shape), self.packing.type)
+        image_bytes = whole.data[0].nbytes
+        written: dict[int, list[dict[str, int]]] = {}  # by size: a group's rows are written once
+        for first in range(0, count, most):
+            size = min(most, count - first)
+            if size not in written:
+                start = len(self.rows)
+                self._stages(last, size, Map(whole.data[:size]))
+                written[size] = self.rows[start:]
+                del self.rows[start:]
+            self.rows += _for_images(first, written[size], image_bytes)
+        return whole
 
     # The parts of the network, each as the rows that compute it
 
-    def _stem(self, stem: nn.Module, height: int, width: int) -> Map:
+    def _stem(self, stem: nn.Module, count: int, out: Map | None) -> Map:
         if isinstance(stem, PatchStem):
             convs, stride, padding = [stem.project], stem.patch_size, 0
         else:
             convs = [module for module in stem.children() if isinstance(module, nn.Conv2d)]
             stride, padding = convs[0].stride[0], 1
         first, inner = convs[0], convs[1:]
+        height, width = self.config.image_size
         size = (-(-height // stride), -(-width // stride))
         kernel = first.kernel_size[0]
         depth = kernel * kernel * first.in_channels
-        patches = self._map("patches", size, depth + -depth % PER_STEP[self.packing.type], self.packing.type)
-        self._row(
-            "UNFOLD", out_type=patches.type, images=self.images, lines=size[0], cells=size[1],
-            depth=first.in_channels, width=patches.data.shape[3], in_lines=height, in_cells=width, kernel=kernel,
-            stride=stride, padding=padding, out=patches.data,
+        shape = (count, *size, depth + -depth % PER_STEP[self.packing.type])
+        x = self._map("patches", shape, self.packing.type)
+        self._row(  # `source` is the number of the first image, until `run` has an address
+            "UNFOLD", out_type=x.type, images=count, lines=size[0], cells=size[1], depth=first.in_channels,
+            width=shape[3], in_lines=height, in_cells=width, kernel=kernel, stride=stride, padding=padding, out=x.data,
         )  # fmt: skip
-        x = self._product("stem 0", patches, first, into=inner[0] if inner else None, unfolded=True)
-        for number, conv in enumerate(inner, 1):
-            x = self._product(f"stem {number}", x, conv, into=inner[number] if number < len(inner) else None)
+        for number, (conv, into) in enumerate(zip(convs, [*inner, None], strict=True)):
+            its_out = out if into is None else None
+            x = self._product(f"stem {number}", x, conv, into=into, unfolded=number == 0, out=its_out)
         return x
 
-    def _mbconv(self, block: MBConv, x: Map) -> Map:
+    def _mbconv(self, block: MBConv, x: Map, out: Map | None) -> Map:
         source = self._in_8_bits(x, block.expand)
         expanded = self._product("expanded", source, block.expand, into=block.depthwise)
         filtered, sums = self._depthwise(expanded, block)
@@ -101,28 +160,29 @@ class Plan(Rows):
             weights = self._gated_weights(filtered, gates, block)
         else:
             self._add("GATED", filtered, filtered.data, lines=lines, cells=cells, width=channels, gates=gates)
-        return self._product("x", filtered, block.shrink, weights=weights, residual=self._shortcut(block.shortcut, x))
+        shortcut = self._shortcut(block.shortcut, x)
+        return self._product("x", filtered, block.shrink, weights=weights, residual=shortcut, out=out)
 
-    def _transformer(self, block: Transformer, x: Map) -> Map:
+    def _transformer(self, block: Transformer, x: Map, out: Map | None) -> Map:
         attention = block.attention
         assert isinstance(attention, Attention)
         normed = self._norm(block.attention_norm, x, self.packing.range_into(attention.qkv))
         if isinstance(block.pool, Pool):
-            normed = self._pool(normed)
+            normed = self._pool(block.pool, normed)
         queries = self._product("queries", normed, attention.qkv)
         mixed = self._attend(attention, queries)
         x = self._product("x", mixed, attention.project, residual=self._shortcut(block.shortcut, x))
         normed = self._norm(block.ffn_norm, x, self.packing.range_into(block.ffn[0]))
         fed = self._product("fed", normed, block.ffn[0], into=block.ffn[2])
-        return self._product("x", fed, block.ffn[2], residual=x)
+        return self._product("x", fed, block.ffn[2], residual=x, out=out)
 
     def _shortcut(self, shortcut: nn.Module, x: Map) -> Map:
         """Return Proj(Pool(x)), which the branch is added to in place."""
         for part in shortcut.children():
             if isinstance(part, Pool):
-                x = self._pool(x)
+                x = self._pool(part, x)
             else:
-                x = self._product(f"x {len(self.rows)}", self._in_8_bits(x, part), part)
+                x = self._product(f"x {self.packing.names[id(part)]}", self._in_8_bits(x, part), part)
         return x
 
     # The rows
@@ -132,7 +192,8 @@ class Plan(Rows):
         images, in_lines, in_cells, channels = source.data.shape
         stride = conv.stride[0]
         size = (-(-in_lines // stride), -(-in_cells // stride))
-        out = self._map("filtered", size, channels, source.type, self.packing.range_into(block.shrink))
+        shape = (images, *size, channels)
+        out = self._map("filtered", shape, source.type, self.packing.range_into(block.shrink))
         sums = self._buffer("sums", (images, size[0], channels), torch.float32)
         weight = conv.weight.detach().flatten(1).T
         if source.range8 is not None:
@@ -184,19 +245,19 @@ class Plan(Rows):
         )  # fmt: skip
         return made
 
-    def _pool(self, source: Map) -> Map:
-        _, in_lines, in_cells, channels = source.data.shape
+    def _pool(self, pool: Pool, source: Map) -> Map:
+        images, in_lines, in_cells, channels = source.data.shape
         size = (-(-in_lines // 2), -(-in_cells // 2))
-        out = self._map(f"pooled {len(self.rows)}", size, channels, source.type, source.range8)
+        out = self._map(f"pooled {self.packing.names[id(pool)]}", (images, *size, channels), source.type, source.range8)
         self._add(
             "POOL", source, out.data, lines=size[0], cells=size[1], width=channels, in_lines=in_lines, in_cells=in_cells
         )
         return out
 
     def _attend(self, attention: Attention, queries: Map) -> Map:
-        _, lines, cells, channels = queries.data.shape
+        images, lines, cells, channels = queries.data.shape
         range8 = self.packing.range_into(attention.project)
-        out = self._map("mixed", (lines, cells), channels // 3, self._type(range8), range8)
+        out = self._map("mixed", (images, lines, cells, channels // 3), self._type(range8), range8)
         weigh = attention.weigh
         bias: Tensor | int = 0
         if weigh.bias is not None:
@@ -214,7 +275,7 @@ class Plan(Rows):
         if range8 is None or source.type == "UINT8":
             return source
         _, lines, cells, channels = source.data.shape
-        out = self._map("bytes", (lines, cells), channels, "UINT8", range8)
+        out = self._map("bytes", source.data.shape, "UINT8", range8)
         self._add("CONVERT", source, out.data, lines=lines, cells=cells, width=channels, range8=range8)
         return out
 
@@ -227,7 +288,7 @@ class HeadPlan(Rows):
     """
 
     def __init__(self, packing: Packing, images: int) -> None:
-        super().__init__(packing, images)
+        super().__init__(packing)
         network = packing.network
         means = torch.empty(images, 1, 1, network.num_features)  # `run` gives others of these shapes
         logits = torch.empty(images, 1, 1, network.config.num_classes)

@@ -38,13 +38,12 @@ class Map:
 
 
 class Rows(ABC):
-    """The operations for so many images, and their buffers. Those who write them close them with `_close`."""
+    """The operations for a batch of one shape, and their buffers. Those who write them close them with `_close`."""
 
     ops: ctypes.Array[native.Op]
 
-    def __init__(self, packing: Packing, images: int) -> None:
+    def __init__(self, packing: Packing) -> None:
         self.packing = packing
-        self.images = images
         self.rows: list[dict[str, int]] = []
         self.kept: list[Tensor] = []  # whatever the rows point into
         self.scratch: dict[str, Tensor] = {}
@@ -73,10 +72,10 @@ class Rows(ABC):
     ) -> Map:
         """Multiply, then GELU where another product or convolution follows: `into`, which may take 8 bits.
 
-        What goes into a 3x3 convolution gets a border of one pixel of zeros. A residual's map is written over. The
-        result lies in `out`, where that is given. `part` steps of K are summed by themselves, if it is more than 0.
+        What goes into a 3x3 convolution gets a border of one pixel of zeros. The result lies in `out`, where that is
+        given, or where the residual does. `part` steps of K are summed by themselves, if it is more than 0.
         """
-        _, in_lines, in_cells, channels = source.data.shape
+        count, in_lines, in_cells, channels = source.data.shape
         packed = weights or self.packing.product(module, source.type)
         segments, stride = (1, 1) if unfolded or isinstance(module, nn.Linear) else (packed.segments, module.stride[0])
         size = tuple(-(-(cells - segments + 1) // stride) for cells in (in_lines, in_cells))
@@ -84,8 +83,9 @@ class Rows(ABC):
         border = 1 if isinstance(into, nn.Conv2d) and into.groups == 1 and into.kernel_size[0] == 3 else 0
         num_out = module.weight.shape[0]
         into_product = isinstance(into, nn.Linear)
-        out = residual or out or self._map(name, size, num_out, self._type(range8), range8, border, spread=into_product)
-        images, (lines, cells) = self.images, size
+        shape = (count, *size, num_out)
+        out = out or residual or self._map(name, shape, self._type(range8), range8, border, spread=into_product)
+        images, lines, cells = count, *size
         if stride == 1 and segments == 1 and border == 0:  # pixel after pixel, whatever line or image they are of
             images, lines, cells = (images, 1, lines * cells) if weights else (1, 1, images * lines * cells)
         line_bytes, out_line_bytes = (made.data.shape[2] * made.pixel_bytes for made in (source, out))
@@ -102,7 +102,7 @@ class Rows(ABC):
 
     def _norm(self, norm: nn.Module, source: Map, range8: Range8 | None = None) -> Map:
         _, lines, cells, channels = source.data.shape
-        out = self._map("normed", (lines, cells), channels, self._type(range8), range8)
+        out = self._map("normed", source.data.shape, self._type(range8), range8)
         self._add(
             "NORM", source, out.data, lines=lines, cells=cells, width=channels, scale=self._keep(norm.weight),
             bias=self._keep(norm.bias), range8=range8,
@@ -117,19 +117,22 @@ class Rows(ABC):
     def _map(
         self,
         name: str,
-        size: tuple[int, ...],
-        channels: int,
+        shape: tuple[int, ...],
         type_: str,
         range8: Range8 | None = None,
         border: int = 0,
         *,
         spread: bool = False,
     ) -> Map:
-        """Return a map, with a border in pixels; `spread` where only products read it, which take any stride."""
+        """Return a map (images, lines, cells, channels) within a border of so many pixels.
+
+        It is `spread` where only products read it, which take any stride.
+        """
         dtype = TORCH_TYPES[type_]
+        images, lines, cells, channels = shape
         apart = CACHE_LINE // dtype.itemsize if spread and channels * dtype.itemsize % ALIAS == 0 else 0
-        shape = (self.images, size[0] + 2 * border, size[1] + 2 * border, channels + apart)
-        data = self._buffer(name, shape, dtype)[..., :channels]
+        bordered = (images, lines + 2 * border, cells + 2 * border, channels + apart)
+        data = self._buffer(name, bordered, dtype)[..., :channels]
         if border:
             data.copy_(range8.zero if range8 else torch.zeros(()))
         return Map(data, range8)
@@ -153,7 +156,7 @@ class Rows(ABC):
         if range8 is not None:
             fields["out_scale"], fields["out_zero"] = self._keep(1 / range8.step), self._keep(range8.zero)
         out_type = next(name for name, dtype in TORCH_TYPES.items() if dtype == out.dtype)
-        fields = {"images": self.images, **fields}
+        fields = {"images": len(source.data), **fields}
         self._row(
             kind, type=native.TYPES[source.type], out_type=native.TYPES[out_type], source=source.data, out=out, **fields
         )
