@@ -237,24 +237,34 @@ def test_sums_of_many_rows_are_as_of_doubles():
     assert torch.equal(total(rows), rows.double().sum(dim=0).float())
 
 
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (3, 1, 1), (4, 4, 0)])
+@pytest.mark.parametrize("layout", ["planes", "pixels", "columns"])
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 @pytest.mark.parametrize("type_", ["FP32", "BF16"])
-def test_patches_stay_in_their_lines(channels: int, type_: str):
+def test_patches_stay_in_their_lines(channels: int, type_: str, layout: str, kernel: int, stride: int, padding: int):
     """Against torch's own, on more threads than cores; what lies behind the last patch is left alone."""
-    x = noise(2, channels, 9, 7).float()
+    height, cells = 12, 36
+    x = noise(2, channels, height, cells).float()
+    if layout == "pixels":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "columns":
+        x = x.transpose(2, 3).contiguous().transpose(2, 3)
     dtype = torch.float32 if type_ == "FP32" else torch.bfloat16
-    width, size = 9 * channels + channels % 2, (5, 4)
+    values = kernel**2 * channels
+    width, size = values + values % 2, (-(-height // stride), -(-cells // stride))
     out = torch.full((2 * size[0] * size[1] * width + 64,), 7.0, dtype=dtype)
     image, channel, line, cell = (4 * step for step in x.stride())
     op = native.Op(
         kind=native.KINDS["UNFOLD"], out_type=native.TYPES[type_], images=2, lines=size[0], cells=size[1],
-        depth=channels, width=width, in_lines=9, in_cells=7, kernel=3, stride=2, padding=1, source=x.data_ptr(),
-        source_image=image, source_channel=channel, source_line=line, source_cell=cell, out=out.data_ptr(),
+        depth=channels, width=width, in_lines=height, in_cells=cells, kernel=kernel, stride=stride, padding=padding,
+        source=x.data_ptr(), source_image=image, source_channel=channel, source_line=line, source_cell=cell,
+        out=out.data_ptr(),
     )  # fmt: skip
-    want = F.unfold(x, 3, padding=1, stride=2).unflatten(1, (channels, 9)).permute(0, 3, 2, 1).flatten(2)
-    for _ in range(50):
+    want = F.unfold(x, kernel, padding=padding, stride=stride)
+    want = want.unflatten(1, (channels, kernel**2)).permute(0, 3, 2, 1).flatten(2)
+    for _ in range(10):
         native.run((native.Op * 1)(op), 5)
         found = out[:-64].view(2, size[0] * size[1], width)
-        assert torch.equal(found[..., : 9 * channels].float(), want)
-        assert not found[..., 9 * channels :].any(), "what fills a patch up is no zero"
+        assert torch.equal(found[..., :values].float(), want)
+        assert not found[..., values:].any(), "what fills a patch up is no zero"
         assert (out[-64:] == 7).all(), "something was written behind the last patch"

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from coatnet import native
 from coatnet.fast.batch_norm import BatchNorms, Moments, Numbers
 from coatnet.fast.kernels import (
     BF16,
@@ -40,7 +39,7 @@ class Stemmed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, stem: ConvStem, *weights: Tensor) -> Tensor:
-        norms, images = BatchNorms(*list(stem)[1::3]), native.within_reach(images.detach().float())
+        norms, images = BatchNorms(*list(stem)[1::3]), images.detach().float()
         convolutions, affine = _as_read(weights)
         stride = cast(nn.Conv2d, stem[0]).stride[0]
         out, *kept = _stem(images, *convolutions, *affine, *norms.running(), stride=stride, numbers=norms.numbers())

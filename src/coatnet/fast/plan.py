@@ -85,10 +85,9 @@ class Plan(Rows):
         self.given = [(op, op.source or 0) for op in self.ops if op.kind == native.KINDS["UNFOLD"]]
 
     def run(self, given: Tensor, out: Tensor, num_threads: int) -> None:
-        images = native.within_reach(given)
-        strides = [4 * step for step in images.stride()]
+        strides = [4 * step for step in given.stride()]
         for op, number in self.given:
-            op.source = images.data_ptr() + number * strides[0]
+            op.source = given.data_ptr() + number * strides[0]
             op.source_image, op.source_channel, op.source_line, op.source_cell = strides
         self.ops[len(self.ops) - 1].out = out.data_ptr()
         native.run(self.ops, num_threads)

@@ -15,10 +15,6 @@ from functools import cache
 from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 HERE = Path(__file__).parent
 
@@ -75,17 +71,6 @@ def missing(precision: str) -> str | None:
         precision
     ]
     return None if found & needed == needed else f"this processor has no {name}"
-
-
-def within_reach(images: Tensor) -> Tensor:
-    """Return images (B, C, H, W) float32 whose lines lie within 2 GiB each, as UNFOLD addresses them."""
-    _, channel, _, cell = images.stride()
-    reach = 4 * ((images.shape[1] - 1) * channel + (images.shape[3] - 1) * cell)  # bytes
-    if reach < 2**31:
-        return images
-    import torch
-
-    return images.contiguous(memory_format=torch.channels_last)
 
 
 def run(ops: ctypes.Array[Op], num_threads: int) -> None:

@@ -6,6 +6,32 @@
 
 #include "product.h"
 
+// A line of a picture, C planes `plane` bytes apart and pixels `pixel` bytes apart, as values in the order of pixels.
+inline void by_pixel(const char* from, int64_t plane, int64_t pixel, int64_t C, int64_t cells, float* to) {
+    if (pixel == 4 * C && (plane == 4 || C == 1)) {
+        memcpy(to, from, cells * pixel);
+        return;
+    }
+    int64_t x = 0;
+    if (C == 3 && pixel == 4)
+        for (; x + 16 <= cells; x += 16) {  // value i of the 48 is that of plane i % 3 at i / 3
+            const __m512 a = _mm512_loadu_ps(from + 4 * x), b = _mm512_loadu_ps(from + plane + 4 * x);
+            const __m512 c = _mm512_loadu_ps(from + 2 * plane + 4 * x);
+#pragma GCC unroll 3
+            for (int part = 0; part < 3; part++) {
+                alignas(64) int of_ab[16], all[16];
+                for (int i = 0; i < 16; i++) {
+                    const int at = (16 * part + i) / 3, of = (16 * part + i) % 3;
+                    of_ab[i] = of == 1 ? 16 + at : at, all[i] = of == 2 ? 16 + at : i;
+                }
+                const __m512 ab = _mm512_permutex2var_ps(a, _mm512_load_si512(of_ab), b);
+                _mm512_storeu_ps(to + 3 * x + 16 * part, _mm512_permutex2var_ps(ab, _mm512_load_si512(all), c));
+            }
+        }
+    for (int64_t c = 0; c < C; c++)
+        for (int64_t left = x; left < cells; left++) to[left * C + c] = *(const float*)(from + c * plane + left * pixel);
+}
+
 // UNFOLD: the patches of an fp32 picture, in any memory layout, as rows of (line, column, channel) values, zeros beyond
 // its edge and after the last. `kernel` px, `stride` px; the first patch starts `padding` px before the edge. Each line
 // of the picture is brought into the order of pixels once, between zeros; a patch is `kernel` runs of such lines.
@@ -15,27 +41,23 @@ void unfold(const Op& op, int64_t thread, int64_t threads) {
     const int64_t count = (op.in_cells + op.padding + op.kernel + op.stride) * C + 32;
     float* const lines = kept<struct Unfolded, float>(op.kernel * count);
     std::fill_n(lines, op.kernel * count, 0.0f);
-    const bool in_order = op.source_channel == 4 && op.source_cell == 4 * C;
-    std::vector<int> offsets(op.in_cells * C + 16);
-    for (int64_t i = 0; i < op.in_cells * C; i++) offsets[i] = i / C * op.source_cell + i % C * op.source_channel;
-    auto arrange = [&](int64_t image, int64_t y, float* to) {
-        if (y < 0 || y >= op.in_lines) {
+    std::vector<int64_t> held(op.kernel, -1);  // line of all pictures' that lies there, each with its padding
+    auto arranged = [&](int64_t image, int64_t y) {  // y: from the first of the padding on
+        const int64_t wanted = image * (op.lines * op.stride + op.kernel) + y, place = y % op.kernel;
+        float* const to = lines + place * count;
+        if (held[place] == wanted) return to;
+        held[place] = wanted, y -= op.padding;
+        if (y < 0 || y >= op.in_lines)
             std::fill_n(to + before, op.in_cells * C, 0.0f);
-            return;
-        }
-        const char* from = op.source + image * op.source_image + y * op.source_line;
-        for (int64_t i = 0; i < op.in_cells * C; i += 16) {
-            const __mmask16 mask = tail(op.in_cells * C - i);
-            const __m512i places = _mm512_loadu_si512(&offsets[i]);
-            const __m512 values = in_order ? _mm512_maskz_loadu_ps(mask, from + 4 * i)
-                                           : _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, places, from, 1);
-            _mm512_mask_storeu_ps(to + before + i, mask, values);
-        }
+        else
+            by_pixel(op.source + image * op.source_image + y * op.source_line, op.source_channel, op.source_cell, C, op.in_cells,
+                     to + before);
+        return to;
     };
+    std::vector<const float*> runs(op.kernel);
     const Share share(op.images * op.lines, thread, threads);
     for (int64_t unit = share.first; unit < share.last; unit++) {
-        for (int64_t k = 0; k < op.kernel; k++)
-            arrange(unit / op.lines, unit % op.lines * op.stride - op.padding + k, lines + k * count);
+        for (int64_t k = 0; k < op.kernel; k++) runs[k] = arranged(unit / op.lines, unit % op.lines * op.stride + k);
         for (int64_t x = 0; x < op.cells; x++) {
             char* out = op.out + (unit * op.cells + x) * op.width * bytes(OUT);
             for (int64_t k = 0; k < op.kernel; k++)
@@ -44,7 +66,7 @@ void unfold(const Op& op, int64_t thread, int64_t threads) {
                     // is written over by the next one.
                     const int64_t at = k * run + i;
                     const __mmask16 stored = tail((op.cells - x) * op.width - at);
-                    const __m512 values = _mm512_maskz_loadu_ps(tail(run - i), lines + k * count + x * op.stride * C + i);
+                    const __m512 values = _mm512_maskz_loadu_ps(tail(run - i), runs[k] + x * op.stride * C + i);
                     store<OUT>(out + at * bytes(OUT), values, stored);
                 }
             for (int64_t i = op.kernel * run; i < op.width; i += 16)
