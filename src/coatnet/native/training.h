@@ -21,8 +21,6 @@ INLINE void keep_sums(const Op& op, int64_t unit, int64_t c, __mmask16 mask, __m
     _mm512_mask_storeu_ps(next, mask, _mm512_add_ps(second, _mm512_maskz_loadu_ps(added, next)));
 }
 
-constexpr int64_t AHEAD = 4096;  // bytes
-
 // Read or write 16 channels on a walk through memory, and have those fetched that come some way after them.
 INLINE __m512 read_on(const char* at, __mmask16 mask) {
     _mm_prefetch(at + AHEAD, _MM_HINT_T0);
