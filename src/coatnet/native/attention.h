@@ -1,41 +1,38 @@
-// ATTENTION: softmax(scale q.k + bias) v for each image and head, from one buffer of queries, keys and values. Biases
-// are read where they are added, from a head's table of offsets, which stays in the first cache: (2 lines - 1) by
-// (2 cells - 1), such that the offset of the key from the query grows along it.
+// ATTENTION: softmax(scale q.k + bias) v for each image and head, from one buffer of queries, keys and values. A head's
+// biases come as a table by offset: (2 lines - 1) by (2 cells - 1), such that the offset of the key from the query grows
+// along it.
 #pragma once
-#include <vector>
-
 #include "product.h"
 
-// Keys side by side have biases side by side in the table, as long as they are on one line of the grid.
-struct Run {
-    __mmask16 keys;  // of a vector of 16
-    int64_t at;      // of the first of the 16, from the query's place in the table
-};
-
+// A head's biases spread so that those of one query lie side by side for all keys, whatever lines these are on: for each
+// column of queries the table's lines, each less what none of its keys reaches. Of queries further down the first comes later.
 struct Biases {
-    int64_t lines, cells, row;
-    std::vector<std::vector<Run>> runs;  // by vector of keys
+    int64_t lines, cells, heights = 2 * lines - 1, row = 2 * cells - 1;
 
-    Biases(int64_t lines, int64_t cells) : lines(lines), cells(cells), row(2 * cells - 1), runs((lines * cells + 15) / 16) {
-        for (int64_t key = 0, count; key < lines * cells; key += count) {
-            const int64_t in_vector = key % 16;
-            count = std::min(16 - in_vector, cells - key % cells);
-            runs[key / 16].push_back({__mmask16(tail(count) << in_vector), key / cells * row + key % cells - in_vector});
-        }
+    int64_t size() const { return heights * row; }
+    int64_t spread_size() const { return cells * heights * cells + 16; }  // vectors reach beyond the last
+    int64_t place(int64_t query) const {
+        return (query % cells * heights + lines - 1 - query / cells) * cells;  // of its bias for the first key
     }
-    int64_t size() const { return (2 * lines - 1) * row; }
-    int64_t place(int64_t query) const { return (lines - 1 - query / cells) * row + cells - 1 - query % cells; }
-
-    // Add the biases of 16 keys to their logits.
-    INLINE __m512 added(int64_t key, const float* place, __m512 logits) const {
-        for (const Run& run : runs[key / 16])
-            logits = _mm512_add_ps(logits, _mm512_maskz_loadu_ps(run.keys, place + run.at));
-        return logits;
+    // Call `each(at, from, keys)` for up to 16 keys: they are spread at `at` and lie at `from` in the table.
+    template <class Each>
+    INLINE void by_keys(Each each) const {
+        for (int64_t column = 0; column < cells; column++)
+            for (int64_t height = 0; height < heights; height++)
+                for (int64_t key = 0; key < cells; key += 16)
+                    each((column * heights + height) * cells + key, height * row + cells - 1 - column + key, tail(cells - key));
     }
-    INLINE void add(int64_t key, float* place, __m512 values) const {
-        for (const Run& run : runs[key / 16])
-            _mm512_mask_storeu_ps(place + run.at, run.keys,
-                                  _mm512_add_ps(_mm512_maskz_loadu_ps(run.keys, place + run.at), values));
+    void spread(const float* table, float* to) const {
+        by_keys([&](int64_t at, int64_t from, __mmask16 keys) INLINE_LAMBDA {
+            _mm512_mask_storeu_ps(to + at, keys, _mm512_maskz_loadu_ps(keys, table + from));
+        });
+    }
+    // Add up what was spread.
+    void gather(const float* spread, float* table) const {
+        by_keys([&](int64_t at, int64_t from, __mmask16 keys) INLINE_LAMBDA {
+            const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(keys, table + from), _mm512_maskz_loadu_ps(keys, spread + at));
+            _mm512_mask_storeu_ps(table + from, keys, sum);
+        });
     }
 };
 
@@ -75,10 +72,11 @@ void pack_values(const char* values, int64_t stride, int64_t tokens, int64_t pad
     }
 }
 
-// The logits of R queries for a panel of keys, V vectors of which are tokens; `largest` takes part in them.
+// The logits of R queries for a panel of keys, V vectors of which are tokens; `largest` takes part in them. Each query's
+// biases lie at its place.
 template <int TYPE, int R, int V>
-INLINE void match(const Op& op, const char* queries, int64_t stride, const char* keys, const Biases& biases,
-                  const float* const (&places)[R], int64_t token, int64_t padded, float* logits, __m512 (&largest)[R]) {
+INLINE void match(const Op& op, const char* queries, int64_t stride, const char* keys, const float* const (&places)[R],
+                  int64_t token, int64_t padded, float* logits, __m512 (&largest)[R]) {
     const __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(float(op.head_dim)));
     typename Dot<TYPE>::Sum sums[R][V];
     clear<TYPE, R, V>(sums);
@@ -86,21 +84,10 @@ INLINE void match(const Op& op, const char* queries, int64_t stride, const char*
 #pragma GCC unroll 2
     for (int half = 0; half < V; half++) {
         const int64_t first = token + half * 16;
-        if (op.relative == PRE) {
-            const std::vector<Run>& runs = biases.runs[first / 16];
 #pragma GCC unroll 14
-            for (int r = 0; r < R; r++)
-                sums[r][half] = _mm512_fmadd_ps(sums[r][half], factor,
-                                                _mm512_maskz_loadu_ps(runs[0].keys, places[r] + runs[0].at));
-            for (size_t i = 1; i < runs.size(); i++)
-#pragma GCC unroll 14
-                for (int r = 0; r < R; r++)
-                    sums[r][half] = _mm512_add_ps(sums[r][half],
-                                                  _mm512_maskz_loadu_ps(runs[i].keys, places[r] + runs[i].at));
-        } else {
-#pragma GCC unroll 14
-            for (int r = 0; r < R; r++) sums[r][half] = _mm512_mul_ps(sums[r][half], factor);
-        }
+        for (int r = 0; r < R; r++)
+            sums[r][half] = op.relative == PRE ? _mm512_fmadd_ps(sums[r][half], factor, _mm512_loadu_ps(places[r] + first))
+                                               : _mm512_mul_ps(sums[r][half], factor);
         const __mmask16 mask = tail(op.lines * op.cells - first);
 #pragma GCC unroll 14
         for (int r = 0; r < R; r++) {
@@ -118,39 +105,42 @@ INLINE void each_vector(int64_t tokens, Each each) {
     if (t < tokens) each(t, tail(tokens - t));
 }
 
+// R queries of one head of one image. 14 rows side by side: alone each would wait for its largest and its sum.
 template <int TYPE, int R>
-void attend(const Op& op, const char* queries, int64_t stride, const char* keys, const char* values, const Biases& biases,
-            const float* table, int64_t query, float* logits, char* weights, char* out, int64_t channel) {
+void attend(const Op& op, const char* queries, int64_t stride, const char* keys, const char* values,
+            const float* const (&places)[R], float* logits, char* weights, char* out, int64_t channel) {
     const int64_t tokens = op.lines * op.cells, padded = (tokens + 31) / 32 * 32;
     const int64_t panel_bytes = op.head_dim * bytes(TYPE) * 32;
-    const float* places[R];
-    for (int r = 0; r < R; r++) places[r] = table + biases.place(query + r);
-    __m512 largest[R];
+    __m512 largest[R], totals[R];
 #pragma GCC unroll 14
-    for (int r = 0; r < R; r++) largest[r] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    for (int r = 0; r < R; r++) {
+        largest[r] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+        totals[r] = _mm512_setzero_ps();
+    }
     for (int64_t t = 0; t < tokens; t += PANEL, keys += panel_bytes)
         if (tokens - t > 16)
-            match<TYPE, R, 2>(op, queries, stride, keys, biases, places, t, padded, logits, largest);
+            match<TYPE, R, 2>(op, queries, stride, keys, places, t, padded, logits, largest);
         else
-            match<TYPE, R, 1>(op, queries, stride, keys, biases, places, t, padded, logits, largest);
-    float inverse[R];
-    for (int r = 0; r < R; r++) {
-        float* row = logits + r * padded;
-        const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest[r]));
-        __m512 total = _mm512_setzero_ps();
-        each_vector(tokens, [&](int64_t t, __mmask16 mask) INLINE_LAMBDA {
-            const __m512 e = _mm512_maskz_mov_ps(mask, exp16<TYPE == FP32>(_mm512_sub_ps(_mm512_loadu_ps(row + t), top)));
-            total = _mm512_add_ps(total, e);
+            match<TYPE, R, 1>(op, queries, stride, keys, places, t, padded, logits, largest);
+    alignas(64) float tops[16], inverse[16];
+    _mm512_store_ps(tops, by_row(largest, true));
+    each_vector(tokens, [&](int64_t t, __mmask16 mask) INLINE_LAMBDA {
+#pragma GCC unroll 14
+        for (int r = 0; r < R; r++) {
+            const __m512 off = _mm512_sub_ps(_mm512_loadu_ps(logits + r * padded + t), _mm512_set1_ps(tops[r]));
+            const __m512 e = _mm512_maskz_mov_ps(mask, exp16<TYPE == FP32>(off));
+            totals[r] = _mm512_add_ps(totals[r], e);
             if (op.relative == POST)
-                _mm512_storeu_ps(row + t, e);
+                _mm512_storeu_ps(logits + r * padded + t, e);
             else  // divided by their sum after the product
                 store<TYPE>(weights + (r * padded + t) * bytes(TYPE), e);
-        });
-        inverse[r] = 1.0f / _mm512_reduce_add_ps(total);
-        if (op.relative != POST) continue;
+        }
+    });
+    _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), by_row(totals, false)));
+    for (int r = 0; r < R && op.relative == POST; r++) {
         each_vector(tokens, [&](int64_t t, __mmask16) INLINE_LAMBDA {
-            const __m512 weight = _mm512_mul_ps(_mm512_loadu_ps(row + t), _mm512_set1_ps(inverse[r]));
-            store<TYPE>(weights + (r * padded + t) * bytes(TYPE), biases.added(t, places[r], weight));
+            const __m512 bias = _mm512_loadu_ps(places[r] + t), e = _mm512_loadu_ps(logits + r * padded + t);
+            store<TYPE>(weights + (r * padded + t) * bytes(TYPE), _mm512_fmadd_ps(e, _mm512_set1_ps(inverse[r]), bias));
         });
         inverse[r] = 1.0f;
     }
@@ -185,13 +175,15 @@ void attention(const Op& op, int64_t thread, int64_t threads) {
     char* const values = kept<struct Values>(padded * panels * size);
     char* const weights = kept<struct Weights>(ROWS * padded * size);
     float* const logits = kept<struct Logits, float>(ROWS * padded);
-    const Biases biases(op.lines, op.cells);
+    const Biases biases = {op.lines, op.cells};
+    float* const spread = kept<struct Spread, float>(biases.spread_size());
     const Share share(op.images * op.heads, thread, threads);
     for (int64_t unit = share.first; unit < share.last; unit++) {
         const int64_t head = unit / op.images, image = unit % op.images, channel = head * op.head_dim;
         const char* q = op.source + image * tokens * stride + channel * size;
         const int64_t next = std::min(unit + 1, share.last - 1);
         const char* next_q = op.source + next % op.images * tokens * stride + next / op.images * op.head_dim * size;
+        if (op.relative != NONE && (unit == share.first || image == 0)) biases.spread(op.bias + head * biases.size(), spread);
         pack_keys(q + op.width * size, stride, tokens, op.head_dim * size / 4, (int*)keys);
         for (int64_t d = 0; d < op.head_dim; d += 32)
             pack_values<TYPE>(q + (2 * op.width + d) * size, stride, tokens, padded, op.head_dim - d,
@@ -202,8 +194,9 @@ void attention(const Op& op, int64_t thread, int64_t threads) {
                 for (int64_t part = 0; part < 3 * R; part++)
                     for (int64_t at = 0; at < op.head_dim * size; at += 64)
                         _mm_prefetch(next_q + (3 * t + part) * op.width * size + at, _MM_HINT_T1);
-                attend<TYPE, R>(op, q + t * stride, stride, keys, values, biases,
-                                op.bias + head * biases.size(), t, logits, weights,
+                const float* places[R];
+                for (int r = 0; r < R; r++) places[r] = spread + biases.place(t + r);
+                attend<TYPE, R>(op, q + t * stride, stride, keys, values, places, logits, weights,
                                 op.out + (image * tokens + t) * op.width * bytes(op.out_type), channel);
                 rows = R;
             };

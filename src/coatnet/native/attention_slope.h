@@ -12,10 +12,9 @@ struct HeadSlope {
     char *keys, *values, *keys_by_token, *queries_by_token, *slopes_by_token;  // packed, in two ways
     uint32_t *weights, *logit_slopes;                                          // (pair of queries, key) bf16
     float *logits, *weight_slopes;                                             // of the rows at hand
-    float* summed;                                                             // of all images, (query, key)
     char* rows;
     Biases biases;
-    std::vector<int64_t> places;  // of queries in a table of biases
+    float *spread, *spread_slopes;  // a head's biases, and their gradients from all images
 
     HeadSlope(int64_t lines, int64_t cells)
         : tokens(lines * cells), padded((tokens + 31) / 32 * 32), keys(kept<struct SlopeKeys>(padded * 64)),
@@ -26,23 +25,24 @@ struct HeadSlope {
           logit_slopes(kept<struct LogitSlopePairs, uint32_t>((padded + ROWS) / 2 * padded + ROWS)),
           logits(kept<struct SlopeLogits, float>(ROWS * padded)),
           weight_slopes(kept<struct WeightSlopes, float>(ROWS * padded)),
-          summed(kept<struct Summed, float>(tokens * padded)), rows(kept<struct SlopeRows>(ROWS * padded * 2)),
-          biases(lines, cells), places(tokens) {
-        for (int64_t query = 0; query < tokens; query++) places[query] = biases.place(query);
-    }
+          rows(kept<struct SlopeRows>(ROWS * padded * 2)), biases{lines, cells},
+          spread(kept<struct SlopeSpread, float>(biases.spread_size())),
+          spread_slopes(kept<struct SpreadSlopes, float>(biases.spread_size())) {}
 };
 
-// Multiply 14 rows of queries or slopes with packed keys or values: (14, padded) fp32.
-SEPARATE void all_tokens(const char* rows, int64_t stride, const char* packed, int64_t padded, float* out) {
-    for (int64_t panel = 0; panel < padded / 32; panel++) {
-        __m512 sums[ROWS][2];
-        clear<BF16, ROWS, 2>(sums);
-        multiply<BF16, ROWS>(rows, stride, packed + panel * 16 * 128, 1, 0, 16, sums);
+// Multiply 14 rows of slopes with packed values: (14, padded) fp32, up to the tokens made a multiple of 16.
+SEPARATE void all_tokens(const char* rows, const char* packed, int64_t tokens, int64_t padded, float* out) {
+    for (int64_t t = 0; t < tokens; t += PANEL) {
+        auto panel = [&]<int V>() INLINE_LAMBDA {
+            __m512 sums[ROWS][V];
+            clear<BF16, ROWS, V>(sums);
+            multiply<BF16, ROWS>(rows, 64, packed + t * 64, 1, 0, 16, sums);
 #pragma GCC unroll 14
-        for (int r = 0; r < ROWS; r++) {
-            _mm512_storeu_ps(out + r * padded + panel * 32, sums[r][0]);
-            _mm512_storeu_ps(out + r * padded + panel * 32 + 16, sums[r][1]);
-        }
+            for (int r = 0; r < ROWS; r++)
+                for (int half = 0; half < V; half++) _mm512_storeu_ps(out + r * padded + t + 16 * half, sums[r][half]);
+        };
+        if (tokens - t > 16) panel.template operator()<2>();
+        else panel.template operator()<1>();
     }
 }
 
@@ -60,61 +60,50 @@ SEPARATE void all_channels(const char* rows, int64_t stride, int64_t step_stride
     }
 }
 
-// A query's logits as exponentials, and what makes them weights and the weights' slopes logit slopes; nothing for rows
-// beyond the last token.
-struct Softened {
-    int64_t r;
-    __mmask16 is_there;
-    __m512 inverse, share;
-
-    INLINE __m512 weight(const HeadSlope& s, int64_t t) const {
-        return _mm512_maskz_mul_ps(is_there, _mm512_loadu_ps(s.logits + r * s.padded + t), inverse);
-    }
-    INLINE __m512 slope(const HeadSlope& s, int64_t t, __m512 weight) const {
-        const __m512 off = _mm512_sub_ps(_mm512_loadu_ps(s.weight_slopes + r * s.padded + t), share);
-        return _mm512_maskz_mul_ps(is_there, weight, off);
-    }
-    INLINE void keep(const HeadSlope& s, const Op& op, int64_t first, int64_t t, __m512 slope, __m256i halves) const {
-        if (!is_there) return;
-        float* summed = s.summed + (first + r) * s.padded + t;
-        if (op.relative == PRE) _mm512_storeu_ps(summed, _mm512_add_ps(_mm512_loadu_ps(summed), slope));
-        _mm256_storeu_si256((__m256i*)(s.rows + (r * s.padded + t) * 2), halves);
-    }
-};
-
-INLINE Softened soften(const HeadSlope& s, int64_t r, int64_t count, __m512 largest, const char* slope, const char* mixed) {
-    if (r >= count) return {r, 0, _mm512_setzero_ps(), _mm512_setzero_ps()};
-    float* const row = s.logits + r * s.padded;
-    const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
-    __m512 total = _mm512_setzero_ps();
-    for (int64_t t = 0; t < s.tokens; t += 16) {
-        const __mmask16 mask = tail(s.tokens - t);
-        const __m512 logit = _mm512_maskz_loadu_ps(mask, row + t);
-        const __m512 e = _mm512_maskz_mov_ps(mask, exp16<false>(_mm512_sub_ps(logit, top)));
-        total = _mm512_add_ps(total, e);
-        _mm512_storeu_ps(row + t, e);
-    }
-    const float share = _mm512_reduce_add_ps(
-        _mm512_fmadd_ps(load<BF16>(slope), load<BF16>(mixed),
-                        _mm512_mul_ps(load<BF16>(slope + 32), load<BF16>(mixed + 32))));
-    return {r, 0xffff, _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total)), _mm512_set1_ps(share)};
-}
-
-// Logits become weights, weight slopes become logit slopes: two queries at a time, which lie side by side then.
+// Logits become weights, weight slopes become logit slopes: two queries at a time, which lie side by side then. Rows
+// from `count` on become zeros.
 SEPARATE void weigh(const Op& op, const HeadSlope& s, int64_t first, int64_t count, const __m512 (&largest)[ROWS],
                     const char* slopes, const char* mixed) {
+    alignas(64) float tops[16], inverse[16], shares[16];
+    _mm512_store_ps(tops, by_row(largest, true));
+    __m512 totals[ROWS], products[ROWS];
+#pragma GCC unroll 14
+    for (int r = 0; r < ROWS; r++) totals[r] = _mm512_setzero_ps();
+    each_vector(s.tokens, [&](int64_t t, __mmask16 mask) INLINE_LAMBDA {
+#pragma GCC unroll 14
+        for (int r = 0; r < ROWS; r++) {
+            float* const at = s.logits + r * s.padded + t;
+            const __m512 off = _mm512_sub_ps(_mm512_loadu_ps(at), _mm512_set1_ps(tops[r]));
+            const __m512 e = _mm512_maskz_mov_ps(mask, exp16<false>(off));
+            totals[r] = _mm512_add_ps(totals[r], e);
+            _mm512_storeu_ps(at, e);
+        }
+    });
+    for (int r = 0; r < ROWS; r++) {
+        const char *a = slopes + r * 64, *b = mixed + std::min<int64_t>(r, count - 1) * 2 * op.width;
+        products[r] = _mm512_fmadd_ps(load<BF16>(a), load<BF16>(b), _mm512_mul_ps(load<BF16>(a + 32), load<BF16>(b + 32)));
+    }
+    _mm512_store_ps(inverse, _mm512_maskz_div_ps(tail(count), _mm512_set1_ps(1.0f), by_row(totals, false)));
+    _mm512_store_ps(shares, by_row(products, false));
     for (int64_t r = 0; r < ROWS && first + r < s.padded; r += 2) {
-        const Softened even = soften(s, r, count, largest[r], slopes + r * 64, mixed + r * 2 * op.width);
-        const Softened odd = soften(s, r + 1, count, largest[r + 1], slopes + (r + 1) * 64, mixed + (r + 1) * 2 * op.width);
         const int64_t line = (first + r) / 2 * s.padded;
+        float* sums[2];
+        for (int i = 0; i < 2; i++) sums[i] = s.spread_slopes + s.biases.place(first + std::min(r + i, count - 1));
         for (int64_t t = 0; t < s.tokens; t += 16) {
-            const __m512 w0 = even.weight(s, t), w1 = odd.weight(s, t);
-            const __m512 d0 = even.slope(s, t, w0), d1 = odd.slope(s, t, w1);
-            const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(d1, d0);
-            _mm512_storeu_si512(&s.weights[line + t], pairs(w0, w1));
+            __m512 weights[2], found[2];
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                const int64_t at = (r + i) * s.padded + t;
+                weights[i] = _mm512_mul_ps(_mm512_loadu_ps(s.logits + at), _mm512_set1_ps(inverse[r + i]));
+                const __m512 off = _mm512_sub_ps(_mm512_loadu_ps(s.weight_slopes + at), _mm512_set1_ps(shares[r + i]));
+                found[i] = _mm512_mul_ps(weights[i], off);
+                if (op.relative == PRE) _mm512_storeu_ps(sums[i] + t, _mm512_add_ps(_mm512_loadu_ps(sums[i] + t), found[i]));
+            }
+            const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(found[1], found[0]);
+            _mm512_storeu_si512(&s.weights[line + t], pairs(weights[0], weights[1]));
             _mm512_storeu_si512(&s.logit_slopes[line + t], pairs(halves));
-            even.keep(s, op, first, t, d0, _mm512_castsi512_si256(halves));
-            odd.keep(s, op, first, t, d1, _mm512_extracti64x4_epi64(halves, 1));
+            _mm256_storeu_si256((__m256i*)(s.rows + (r * s.padded + t) * 2), _mm512_castsi512_si256(halves));
+            _mm256_storeu_si256((__m256i*)(s.rows + ((r + 1) * s.padded + t) * 2), _mm512_extracti64x4_epi64(halves, 1));
         }
     }
 }
@@ -159,15 +148,15 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head) 
         const float* places[ROWS];
         __m512 largest[ROWS];
         for (int64_t r = 0; r < ROWS; r++) {
-            places[r] = op.bias + head * s.biases.size() + s.places[first + std::min(r, count - 1)];
+            places[r] = s.spread + s.biases.place(first + std::min(r, count - 1));
             largest[r] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
         }
         for (int64_t t = 0; t < N; t += PANEL)
             if (N - t > 16)
-                match<BF16, ROWS, 2>(op, query_rows, 64, s.keys + t * 64, s.biases, places, t, P, s.logits, largest);
+                match<BF16, ROWS, 2>(op, query_rows, 64, s.keys + t * 64, places, t, P, s.logits, largest);
             else
-                match<BF16, ROWS, 1>(op, query_rows, 64, s.keys + t * 64, s.biases, places, t, P, s.logits, largest);
-        all_tokens(slope_rows, 64, s.values, P, s.weight_slopes);
+                match<BF16, ROWS, 1>(op, query_rows, 64, s.keys + t * 64, places, t, P, s.logits, largest);
+        all_tokens(slope_rows, s.values, N, P, s.weight_slopes);
         weigh(op, s, first, count, largest, slope_rows, mixed + first * out_stride);
         all_channels(s.rows, 2 * P, 4, s.keys_by_token, N, factor, to + first * stride, stride, count);
     }
@@ -182,16 +171,17 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head) 
 
 inline void attention_slope(const Op& op, int64_t thread, int64_t threads) {
     HeadSlope scratch(op.lines, op.cells);
+    const Biases& biases = scratch.biases;
     const Share share(op.heads, thread, threads);
     for (int64_t head = share.first; head < share.last; head++) {
-        std::fill_n(scratch.summed, scratch.tokens * scratch.padded, 0.0f);
+        const int64_t place = head * biases.size();
+        if (op.relative == PRE) {
+            biases.spread(op.bias + place, scratch.spread);
+            std::fill_n(scratch.spread_slopes, biases.spread_size(), 0.0f);
+        }
         for (int64_t image = 0; image < op.images; image++) head_slope(op, scratch, image, head);
         if (op.relative != PRE) continue;
-        float* const bias_slope = op.weight_sums + head * scratch.biases.size();
-        std::fill_n(bias_slope, scratch.biases.size(), 0.0f);
-        for (int64_t query = 0; query < scratch.tokens; query++)
-            for (int64_t t = 0; t < scratch.tokens; t += 16)
-                scratch.biases.add(t, bias_slope + scratch.biases.place(query),
-                                   _mm512_loadu_ps(scratch.summed + query * scratch.padded + t));
+        std::fill_n(op.weight_sums + place, biases.size(), 0.0f);
+        biases.gather(scratch.spread_slopes, op.weight_sums + place);
     }
 }

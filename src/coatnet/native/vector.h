@@ -105,6 +105,29 @@ INLINE __m512i pairs(__m512i halves) {  // of which the lower is even
 }
 INLINE __m512i pairs(__m512 even, __m512 odd) { return pairs((__m512i)_mm512_cvtne2ps_pbh(odd, even)); }
 
+INLINE __m512 join(__m512 a, __m512 b, bool largest) { return largest ? _mm512_max_ps(a, b) : _mm512_add_ps(a, b); }
+
+// Number r of what comes back: the largest of the 16 numbers of vector r, or their sum. 45 instructions for all of them.
+template <int R>
+INLINE __m512 by_row(const __m512 (&of)[R], bool largest) {
+    __m512 twos[8], fours[4], eights[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        const __m512 a = of[2 * i < R ? 2 * i : 0], b = of[2 * i + 1 < R ? 2 * i + 1 : 0];
+        twos[i] = join(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b), largest);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = _mm512_castps_pd(twos[2 * i]), b = _mm512_castps_pd(twos[2 * i + 1]);
+        fours[i] = join(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)), largest);
+    }
+    auto across = [&](__m512 a, __m512 b) INLINE_LAMBDA {
+        return join(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd), largest);
+    };
+    for (int i = 0; i < 2; i++) eights[i] = across(fours[2 * i], fours[2 * i + 1]);
+    return across(eights[0], eights[1]);
+}
+
 INLINE void store(int64_t type, char* at, __m512 value, __mmask16 mask = 0xffff) {
     if (type == FP32)
         store<FP32>(at, value, mask);
