@@ -216,8 +216,12 @@ def test_attention_and_its_way_back(grid: tuple[int, int], relative: str):
         "bias": bias if relative == "PRE" else 0,
     }  # fmt: skip
     out, qkv_slope, bias_slope = torch.empty_like(slope), torch.empty_like(qkv), torch.zeros_like(bias)
-    run("ATTENTION", source=qkv, out=out, **fields)
-    run("ATTENTION_SLOPE", source=qkv, residual=out, gradient=slope, weight_sums=bias_slope, out=qkv_slope, **fields)
+    noted = torch.empty(images, heads, 2, N)
+    run("ATTENTION", source=qkv, out=out, sums=noted, **fields)
+    run(
+        "ATTENTION_SLOPE", source=qkv, residual=out, sums=noted, gradient=slope, weight_sums=bias_slope, out=qkv_slope,
+        **fields,
+    )  # fmt: skip
     doubles = [qkv.double().requires_grad_(), bias.double().requires_grad_()]
     q, k, v = doubles[0].view(images, N, 3, heads, 32).permute(2, 0, 3, 1, 4)
     line, cell = torch.arange(N) // W, torch.arange(N) % W
@@ -232,6 +236,34 @@ def test_attention_and_its_way_back(grid: tuple[int, int], relative: str):
         assert_near(bias_slope, want_slopes[1], "the gradient of the biases")
 
 
+@pytest.mark.parametrize("type_", ["FP32", "BF16"])
+@pytest.mark.parametrize("grid", [(1, 1), (3, 9), (7, 7), (14, 14)])
+def test_attention_with_biases_after_the_softmax(grid: tuple[int, int], type_: str):
+    """In memory where another network's NaN have been: an odd number of tokens reads none of them."""
+    dtype = torch.float32 if type_ == "FP32" else torch.bfloat16
+    (H, W), images, heads = grid, 2, 3
+    N, C = H * W, heads * 32
+
+    def attend(qkv: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        lines, cells = qkv.shape[1:3]
+        out = torch.empty(images, lines, cells, C, dtype=dtype)
+        run(
+            "ATTENTION", type=native.TYPES[type_], out_type=native.TYPES[type_], images=images, lines=lines,
+            cells=cells, width=C, heads=heads, head_dim=32, relative=native.RELATIVES["POST"], bias=bias, source=qkv,
+            out=out,
+        )  # fmt: skip
+        return out
+
+    attend(noise(images, 20, 20, 3 * C).to(dtype), torch.full((heads, 39, 39), torch.nan))
+    qkv, bias = noise(images, H, W, 3 * C).to(dtype), noise(heads, 2 * H - 1, 2 * W - 1).float()
+    out = attend(qkv, bias)
+    q, k, v = qkv.double().view(images, N, 3, heads, 32).permute(2, 0, 3, 1, 4)
+    line, cell = torch.arange(N) // W, torch.arange(N) % W
+    weights = (q @ k.transpose(-2, -1) / 32**0.5).softmax(dim=-1)
+    weights = weights + bias.double()[:, line - line[:, None] + H - 1, cell - cell[:, None] + W - 1]
+    assert_near(out, (weights @ v).transpose(1, 2).reshape(images, H, W, C), "attention")
+
+
 def test_sums_of_many_rows_are_as_of_doubles():
     rows = torch.randn(5000, 9, 24, generator=torch.Generator().manual_seed(0)) * 1e3
     assert torch.equal(total(rows), rows.double().sum(dim=0).float())
@@ -243,7 +275,7 @@ def test_sums_of_many_rows_are_as_of_doubles():
 @pytest.mark.parametrize("type_", ["FP32", "BF16"])
 def test_patches_stay_in_their_lines(channels: int, type_: str, layout: str, kernel: int, stride: int, padding: int):
     """Against torch's own, on more threads than cores; what lies behind the last patch is left alone."""
-    height, cells = 12, 36
+    height, cells = 11, 37
     x = noise(2, channels, height, cells).float()
     if layout == "pixels":
         x = x.contiguous(memory_format=torch.channels_last)
@@ -260,7 +292,8 @@ def test_patches_stay_in_their_lines(channels: int, type_: str, layout: str, ker
         source=x.data_ptr(), source_image=image, source_channel=channel, source_line=line, source_cell=cell,
         out=out.data_ptr(),
     )  # fmt: skip
-    want = F.unfold(x, kernel, padding=padding, stride=stride)
+    beyond = [(n - 1) * stride + kernel - padding - side for n, side in zip(size, (height, cells), strict=True)]
+    want = F.unfold(F.pad(x, (padding, beyond[1], padding, beyond[0])), kernel, stride=stride)
     want = want.unflatten(1, (channels, kernel**2)).permute(0, 3, 2, 1).flatten(2)
     for _ in range(10):
         native.run((native.Op * 1)(op), 5)

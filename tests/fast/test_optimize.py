@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from coatnet.errors import ConfigError
 from coatnet.fast import engines, plan
 from coatnet.fast.folding import fold
 from coatnet.fast.plan import images_at_once, why_not
+from coatnet.layout import unroll
 from coatnet.model.network import CoAtNet
 from coatnet.zoo import ZOO
 from model.networks import KINDS, config_of, images, network
@@ -129,15 +131,24 @@ def test_any_size_and_batch(kind: str, height: int, width: int, batch: int):
 NATIVE = {kind: coatnet.optimize(model) for kind, model in FAST.items()} if native.missing("fp32") is None else {}
 
 
+CONFIGS = {
+    **{name: ZOO[name].config for name in ("coatnet_0", "coatnet_2", "coatnet_7", "coatnet_pico")},
+    "depthwise stride": replace(ZOO["coatnet_0"].config, stride_in="depthwise"),
+    "empty stages": config_of("vit_rel", depths=(3,), widths=(192,), patch_size=16),
+}
+
+
 @pytest.mark.parametrize("precision", get_args(Precision))
-@pytest.mark.parametrize("name", ["coatnet_0", "coatnet_2", "coatnet_7", "coatnet_pico"])
+@pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(height=st.integers(1, 600), width=st.integers(1, 600))
 def test_stages_take_more_images_as_their_maps_shrink(name: str, precision: Any, height: int, width: int):
-    at_once = images_at_once(replace(ZOO[name].config, image_size=(height, width)), precision)
+    config = replace(CONFIGS[name], image_size=(height, width))
+    at_once = images_at_once(config, precision)
     assert len(at_once) == 5
-    assert at_once[0] >= 1
     assert all(after % before == 0 for before, after in pairwise(at_once)), f"groups do not share out: {at_once}"
+    smallest = min(block.out_dim * math.prod(block.grid) for block in unroll(config))
+    assert 1 <= at_once[-1] <= max(1, plan.AT_ONCE_BYTES // smallest), f"{at_once} of at least {smallest} B each"
 
 
 @needs_kernels

@@ -33,8 +33,8 @@ def weights_of(stem: ConvStem) -> list[Tensor]:
 class Stemmed(torch.autograd.Function):
     """S0: images (B, C, H, W) float -> (B, D, h, w) bf16. Images get no gradient.
 
-    Kept are the images' patches and the maps that BatchNorm norms, but for the first, which comes again at little cost.
-    What the activation makes of the maps exists for a group of images at a time.
+    Kept are the images' patches and the maps that BatchNorm norms. What the activation makes of the maps exists for a
+    group of images at a time.
     """
 
     @staticmethod
@@ -54,11 +54,10 @@ class Stemmed(torch.autograd.Function):
         saved = ctx.saved_tensors
         kept, weights = saved[:-num_weights], saved[-num_weights:]
         slope = bf16_rows(slope.permute(0, 2, 3, 1))
-        (first, first_bias, *_), _ = _as_read(weights)
         back = [_of_the_way_back(weight) for weight in weights[4::4]]
-        width = first.shape[0]
+        width = weights[0].shape[0]
         plain = fp32(len(slope), width).fill_(1), fp32(len(slope), width).zero_()  # as if a squeeze-excite did nothing
-        taps, *slopes = _stem_slope(slope, first, first_bias, *plain, *back, *kept)
+        taps, *slopes = _stem_slope(slope, *plain, *back, *kept)
         channels, side, _ = weights[0].shape[1:]
         taps = taps[:, : side * side * channels].unflatten(1, (side, side, channels)).permute(0, 3, 1, 2)
         # The bias before a norm has no gradient: BatchNorm takes it away again.
@@ -86,7 +85,7 @@ def _of_the_way_back(weight: Tensor) -> Tensor:
 
 @recorded
 def _stem(images: Tensor, *inputs: Tensor, stride: int, numbers: tuple[Numbers, ...]) -> tuple[Tensor, ...]:
-    """Return the map, the patches, the maps between but for the first, and what each norm found.
+    """Return the map, the patches, the maps between, and what each norm found.
 
     `inputs` are of the convolutions weights and biases, of the norms the same, and their running statistics.
     """
@@ -99,22 +98,19 @@ def _stem(images: Tensor, *inputs: Tensor, stride: int, numbers: tuple[Numbers, 
         moments = Moments.of(sums, patches[..., 0].numel(), affine, running, numbers[number])
         made.append(_act_and_convolve(made[-1], moments, Weight(weight.T, bias)))
         found.append(moments.found)
-    return made[-1], patches, *made[1:-1], *found
+    return made[-1], patches, *made[:-1], *found
 
 
 @recorded
-def _stem_slope(
-    slope: Tensor, first: Tensor, first_bias: Tensor, ones: Tensor, zeros: Tensor, *inputs: Tensor
-) -> tuple[Any, ...]:
+def _stem_slope(slope: Tensor, ones: Tensor, zeros: Tensor, *inputs: Tensor) -> tuple[Any, ...]:
     """Return the gradients of the first convolution's weight, as rows, and of all that follows; None for no gradient.
 
     `inputs` are the inner convolutions' weights for the way back and what `_stem` kept.
     """
-    num_norms = len(inputs) // 3  # as many weights, patches and maps between, and moments
-    back, patches, maps, found = (
-        inputs[:num_norms], inputs[num_norms], inputs[num_norms + 1 : 2 * num_norms], inputs[2 * num_norms :],
+    num_norms = len(inputs) // 3  # as many weights, maps between and moments
+    back, patches, made, found = (
+        inputs[:num_norms], inputs[num_norms], inputs[num_norms + 1 : -num_norms], inputs[-num_norms:],
     )  # fmt: skip
-    made = [Weight(first.T, first_bias).product(patches), *maps]
     slopes = list[Tensor | None]()  # from the last to the first; a norm takes the bias before it away again
     for before, moments, weight in zip(made[::-1], found[::-1], back[::-1], strict=True):
         of = Moments(moments, before[..., 0].numel())

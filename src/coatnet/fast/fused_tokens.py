@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from coatnet.fast.kernels import (
     pool_slope,
     scaled,
 )
-from coatnet.fast.operations import Fields, Nested, bf16, recorded, run
+from coatnet.fast.operations import Fields, Nested, bf16, fp32, recorded, run
 from coatnet.model.attention import Attention, FeedForward, Transformer
 
 HEAD_DIM = 32  # of the heads that the kernels know the way back through (native/attention_slope.h)
@@ -73,22 +74,25 @@ class Transformed(Link):
         source = pool(source) if pooled else source
         queries = Weight(qkv.T, qkv_bias).product(source)
         mixed = bf16(*source.shape[:3], len(qkv) // 3)
-        run("ATTENTION", source=queries, out=mixed, **_attention(mixed, bias, heads))
+        noted = fp32(len(x), heads, 2, math.prod(source.shape[1:3]))  # of each query
+        run("ATTENTION", source=queries, out=mixed, sums=noted, **_attention(mixed, bias, heads))
         past, shortened = shorten(x, Projection(*projection), pooled=pooled)
         y = _joined(Weight(project.T, project_bias), mixed, past, scale_B)
         out, *fed = _feed(y, ffn_scale_B, *ffn)
-        return out, (shortened, source, queries, mixed, y, *fed)
+        return out, (shortened, source, queries, (mixed, noted), y, *fed)
 
     @staticmethod
     def back(slope: Tensor, x: Tensor, kept: Nested, both: Nested, options: tuple[int, bool]) -> tuple[Tensor, Nested]:
         heads, pooled = options
         (scale_B, ffn_scale_B), bias, (norm, norm_bias, qkv, _, project, _, *projection), ffn = both
-        shortened, source, queries, mixed, y, *fed = kept
+        shortened, source, queries, (mixed, noted), y, *fed = kept
         slope, *ffn_slopes = _feed_slope(slope, ffn_scale_B, y, *fed, *ffn)
         past, projection_slopes = shorten_slope(shortened, slope, Projection(*projection))
         slope = slope if scale_B is None else scaled(slope, scale_B)
         project_slopes = WeightSlope(*project.shape).add(slope, mixed).total()
-        queries_slope, bias_slope = _through_attention(Weight(project).product(slope), queries, mixed, bias, heads)
+        queries_slope, bias_slope = _through_attention(
+            Weight(project).product(slope), queries, mixed, noted, bias, heads
+        )
         qkv_slopes = WeightSlope(*qkv.shape).add(queries_slope, source).total()
         normed_slope = Weight(qkv).product(queries_slope)
         if pooled:
@@ -102,12 +106,12 @@ class Transformed(Link):
 
 
 def _through_attention(
-    slope: Tensor, queries: Tensor, mixed: Tensor, bias: Tensor | None, heads: int
+    slope: Tensor, queries: Tensor, mixed: Tensor, noted: Tensor, bias: Tensor | None, heads: int
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of queries, keys and values, and of the biases, from that of `mixed`."""
     queries_slope, bias_slope = torch.empty_like(queries), None if bias is None else torch.empty_like(bias)
     run(
-        "ATTENTION_SLOPE", source=queries, residual=mixed, gradient=slope, out=queries_slope,
+        "ATTENTION_SLOPE", source=queries, residual=mixed, sums=noted, gradient=slope, out=queries_slope,
         weight_sums=0 if bias_slope is None else bias_slope, **_attention(mixed, bias, heads),
     )  # fmt: skip
     return queries_slope, bias_slope

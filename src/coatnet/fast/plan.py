@@ -19,7 +19,7 @@ from coatnet import native
 from coatnet.config import ModelConfig, Precision
 from coatnet.fast.packing import PANEL, PER_STEP, Packed, Packing, bias_by_offset, gates_the_map, padded, panels
 from coatnet.fast.rows import Map, Rows
-from coatnet.layout import EXPANSION, unroll
+from coatnet.layout import EXPANSION, grid_into, unroll
 from coatnet.model.attention import Attention, Transformer
 from coatnet.model.layers import PatchStem, Pool
 from coatnet.model.mbconv import MBConv
@@ -51,19 +51,25 @@ def images_at_once(config: ModelConfig, precision: Precision) -> list[int]:
     """Return how many images S0 .. S4 take at once at the config's size, each a multiple of what those before it do."""
     widest = [0] * 5  # values an image, by stage
     for block in unroll(config):
-        values = EXPANSION * block.out_dim * math.prod(block.grid)
-        widest[block.stage] = max(widest[block.stage], values)
+        strides_later = block.kind == "C" and config.stride_in == "depthwise"
+        rows = math.prod(grid_into(block, config) if strides_later else block.grid)
+        if block.kind == "C" and precision == "int8":
+            rows = max(rows, block.out_dim)  # of weights, which are scaled for each image
+        widest[block.stage] = max(widest[block.stage], EXPANSION * block.out_dim * rows)
     at_once = [1]
     for values in widest[1:]:
-        fit = AT_ONCE_BYTES // max(1, VALUE_BYTES[precision] * values)
+        fit = AT_ONCE_BYTES // (VALUE_BYTES[precision] * (values or max(widest)))  # a stage may be empty
         at_once.append(max(at_once[-1], fit - fit % at_once[-1]))
     return [at_once[1], *at_once[1:]]  # the stem goes with S1
 
 
 def _for_images(first: int, rows: list[dict[str, int]], image_bytes: int) -> list[dict[str, int]]:
-    """Return a group's rows for the images from number `first` on, with its map where theirs lies."""
+    """Return a group's rows for the images from number `first` on, with its map where theirs lies.
+
+    UNFOLD alone reads what is given, and the last row alone writes the group's map.
+    """
     unfold = native.KINDS["UNFOLD"]
-    moved = [{**row, "source": row.get("source", 0) + first} if row["kind"] == unfold else row for row in rows]
+    moved = [{**row, "source": row["source"] + first} if row["kind"] == unfold else row for row in rows]
     return [*moved[:-1], {**moved[-1], "out": moved[-1]["out"] + first * image_bytes}]
 
 
@@ -82,7 +88,7 @@ class Plan(Rows):
         means = torch.empty(images, packing.network.num_features)  # `run` gives others of this shape
         self._add("MEAN", x, means, in_lines=x.data.shape[1], in_cells=x.data.shape[2], width=x.data.shape[3])
         self._close()
-        self.given = [(op, op.source or 0) for op in self.ops if op.kind == native.KINDS["UNFOLD"]]
+        self.given = [(op, op.source) for op in self.ops if op.kind == native.KINDS["UNFOLD"]]
 
     def run(self, given: Tensor, out: Tensor, num_threads: int) -> None:
         strides = [4 * step for step in given.stride()]
@@ -140,7 +146,7 @@ class Plan(Rows):
         shape = (count, *size, depth + -depth % PER_STEP[self.packing.type])
         x = self._map("patches", shape, self.packing.type)
         self._row(  # `source` is the number of the first image, until `run` has an address
-            "UNFOLD", out_type=x.type, images=count, lines=size[0], cells=size[1], depth=first.in_channels,
+            "UNFOLD", source=0, out_type=x.type, images=count, lines=size[0], cells=size[1], depth=first.in_channels,
             width=shape[3], in_lines=height, in_cells=width, kernel=kernel, stride=stride, padding=padding, out=x.data,
         )  # fmt: skip
         for number, (conv, into) in enumerate(zip(convs, [*inner, None], strict=True)):

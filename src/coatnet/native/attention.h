@@ -2,6 +2,8 @@
 // biases come as a table by offset: (2 lines - 1) by (2 cells - 1), such that the offset of the key from the query grows
 // along it.
 #pragma once
+#include <limits>
+
 #include "product.h"
 
 // A head's biases spread so that those of one query lie side by side for all keys, whatever lines these are on: for each
@@ -72,11 +74,11 @@ void pack_values(const char* values, int64_t stride, int64_t tokens, int64_t pad
     }
 }
 
-// The logits of R queries for a panel of keys, V vectors of which are tokens; `largest` takes part in them. Each query's
-// biases lie at its place.
+// The logits of R queries for a panel of keys, V vectors of which are tokens; `largest`, where it is given, takes part in
+// them. Each query's biases lie at its place.
 template <int TYPE, int R, int V>
 INLINE void match(const Op& op, const char* queries, int64_t stride, const char* keys, const float* const (&places)[R],
-                  int64_t token, int64_t padded, float* logits, __m512 (&largest)[R]) {
+                  int64_t token, int64_t padded, float* logits, __m512* largest) {
     const __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(float(op.head_dim)));
     typename Dot<TYPE>::Sum sums[R][V];
     clear<TYPE, R, V>(sums);
@@ -91,7 +93,7 @@ INLINE void match(const Op& op, const char* queries, int64_t stride, const char*
         const __mmask16 mask = tail(op.lines * op.cells - first);
 #pragma GCC unroll 14
         for (int r = 0; r < R; r++) {
-            largest[r] = _mm512_mask_max_ps(largest[r], mask, largest[r], sums[r][half]);
+            if (largest) largest[r] = _mm512_mask_max_ps(largest[r], mask, largest[r], sums[r][half]);
             _mm512_storeu_ps(logits + r * padded + first, sums[r][half]);
         }
     }
@@ -105,10 +107,11 @@ INLINE void each_vector(int64_t tokens, Each each) {
     if (t < tokens) each(t, tail(tokens - t));
 }
 
-// R queries of one head of one image. 14 rows side by side: alone each would wait for its largest and its sum.
+// R queries of one head of one image. 14 rows side by side: alone each would wait for its largest and its sum. What these
+// were is `noted` for the way back, where that is given.
 template <int TYPE, int R>
 void attend(const Op& op, const char* queries, int64_t stride, const char* keys, const char* values,
-            const float* const (&places)[R], float* logits, char* weights, char* out, int64_t channel) {
+            const float* const (&places)[R], float* logits, char* weights, char* out, int64_t channel, float* noted) {
     const int64_t tokens = op.lines * op.cells, padded = (tokens + 31) / 32 * 32;
     const int64_t panel_bytes = op.head_dim * bytes(TYPE) * 32;
     __m512 largest[R], totals[R];
@@ -137,9 +140,13 @@ void attend(const Op& op, const char* queries, int64_t stride, const char* keys,
         }
     });
     _mm512_store_ps(inverse, _mm512_div_ps(_mm512_set1_ps(1.0f), by_row(totals, false)));
+    if (noted) {
+        std::copy_n(tops, R, noted);
+        std::copy_n(inverse, R, noted + tokens);
+    }
     for (int r = 0; r < R && op.relative == POST; r++) {
-        each_vector(tokens, [&](int64_t t, __mmask16) INLINE_LAMBDA {
-            const __m512 bias = _mm512_loadu_ps(places[r] + t), e = _mm512_loadu_ps(logits + r * padded + t);
+        each_vector(tokens, [&](int64_t t, __mmask16 mask) INLINE_LAMBDA {  // beyond the last bias may lie no number
+            const __m512 bias = _mm512_maskz_loadu_ps(mask, places[r] + t), e = _mm512_loadu_ps(logits + r * padded + t);
             store<TYPE>(weights + (r * padded + t) * bytes(TYPE), _mm512_fmadd_ps(e, _mm512_set1_ps(inverse[r]), bias));
         });
         inverse[r] = 1.0f;
@@ -197,7 +204,8 @@ void attention(const Op& op, int64_t thread, int64_t threads) {
                 const float* places[R];
                 for (int r = 0; r < R; r++) places[r] = spread + biases.place(t + r);
                 attend<TYPE, R>(op, q + t * stride, stride, keys, values, places, logits, weights,
-                                op.out + (image * tokens + t) * op.width * bytes(op.out_type), channel);
+                                op.out + (image * tokens + t) * op.width * bytes(op.out_type), channel,
+                                op.sums ? op.sums + (image * op.heads + head) * 2 * tokens + t : nullptr);
                 rows = R;
             };
             if (tokens - t >= 14) go.template operator()<14>();

@@ -1,5 +1,5 @@
 // ATTENTION_SLOPE: the way back through ATTENTION with a bias before the softmax, or none. Weights are computed again
-// from queries and keys; nothing of the size tokens x tokens was kept. Heads of 32 channels, bf16.
+// from queries and keys and what was noted of each query; nothing of the size tokens x tokens was kept. Heads of 32 channels, bf16.
 #pragma once
 #include <cstring>
 
@@ -62,39 +62,28 @@ SEPARATE void all_channels(const char* rows, int64_t stride, int64_t step_stride
 
 // Logits become weights, weight slopes become logit slopes: two queries at a time, which lie side by side then. Rows
 // from `count` on become zeros.
-SEPARATE void weigh(const Op& op, const HeadSlope& s, int64_t first, int64_t count, const __m512 (&largest)[ROWS],
-                    const char* slopes, const char* mixed) {
+SEPARATE void weigh(const Op& op, const HeadSlope& s, int64_t first, int64_t count, const float* noted, const char* slopes,
+                    const char* mixed) {
     alignas(64) float tops[16], inverse[16], shares[16];
-    _mm512_store_ps(tops, by_row(largest, true));
-    __m512 totals[ROWS], products[ROWS];
-#pragma GCC unroll 14
-    for (int r = 0; r < ROWS; r++) totals[r] = _mm512_setzero_ps();
-    each_vector(s.tokens, [&](int64_t t, __mmask16 mask) INLINE_LAMBDA {
-#pragma GCC unroll 14
-        for (int r = 0; r < ROWS; r++) {
-            float* const at = s.logits + r * s.padded + t;
-            const __m512 off = _mm512_sub_ps(_mm512_loadu_ps(at), _mm512_set1_ps(tops[r]));
-            const __m512 e = _mm512_maskz_mov_ps(mask, exp16<false>(off));
-            totals[r] = _mm512_add_ps(totals[r], e);
-            _mm512_storeu_ps(at, e);
-        }
-    });
+    _mm512_store_ps(tops, _mm512_maskz_loadu_ps(tail(count), noted));
+    _mm512_store_ps(inverse, _mm512_maskz_loadu_ps(tail(count), noted + s.tokens));
+    __m512 products[ROWS];
     for (int r = 0; r < ROWS; r++) {
         const char *a = slopes + r * 64, *b = mixed + std::min<int64_t>(r, count - 1) * 2 * op.width;
         products[r] = _mm512_fmadd_ps(load<BF16>(a), load<BF16>(b), _mm512_mul_ps(load<BF16>(a + 32), load<BF16>(b + 32)));
     }
-    _mm512_store_ps(inverse, _mm512_maskz_div_ps(tail(count), _mm512_set1_ps(1.0f), by_row(totals, false)));
     _mm512_store_ps(shares, by_row(products, false));
     for (int64_t r = 0; r < ROWS && first + r < s.padded; r += 2) {
         const int64_t line = (first + r) / 2 * s.padded;
-        float* sums[2];
+        float* sums[2];  // they overlap: one after the other, in order
         for (int i = 0; i < 2; i++) sums[i] = s.spread_slopes + s.biases.place(first + std::min(r + i, count - 1));
-        for (int64_t t = 0; t < s.tokens; t += 16) {
+        each_vector(s.tokens, [&](int64_t t, __mmask16 mask) INLINE_LAMBDA {
             __m512 weights[2], found[2];
 #pragma GCC unroll 2
             for (int i = 0; i < 2; i++) {
                 const int64_t at = (r + i) * s.padded + t;
-                weights[i] = _mm512_mul_ps(_mm512_loadu_ps(s.logits + at), _mm512_set1_ps(inverse[r + i]));
+                const __m512 e = exp16<false>(_mm512_sub_ps(_mm512_loadu_ps(s.logits + at), _mm512_set1_ps(tops[r + i])));
+                weights[i] = _mm512_maskz_mul_ps(mask, e, _mm512_set1_ps(inverse[r + i]));
                 const __m512 off = _mm512_sub_ps(_mm512_loadu_ps(s.weight_slopes + at), _mm512_set1_ps(shares[r + i]));
                 found[i] = _mm512_mul_ps(weights[i], off);
                 if (op.relative == PRE) _mm512_storeu_ps(sums[i] + t, _mm512_add_ps(_mm512_loadu_ps(sums[i] + t), found[i]));
@@ -104,7 +93,7 @@ SEPARATE void weigh(const Op& op, const HeadSlope& s, int64_t first, int64_t cou
             _mm512_storeu_si512(&s.logit_slopes[line + t], pairs(halves));
             _mm256_storeu_si256((__m256i*)(s.rows + (r * s.padded + t) * 2), _mm512_castsi512_si256(halves));
             _mm256_storeu_si256((__m256i*)(s.rows + ((r + 1) * s.padded + t) * 2), _mm512_extracti64x4_epi64(halves, 1));
-        }
+        });
     }
 }
 
@@ -125,7 +114,7 @@ struct Head {
     }
 };
 
-// One head of one image; its logit slopes are added to `summed`. The next image's is fetched meanwhile.
+// One head of one image; its logit slopes are added to `spread_slopes`. The next image's is fetched meanwhile.
 inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head) {
     const int64_t N = s.tokens, P = s.padded;
     const float factor = 1.0f / __builtin_sqrtf(32.0f);
@@ -146,18 +135,12 @@ inline void head_slope(const Op& op, HeadSlope& s, int64_t image, int64_t head) 
         }
         for (int64_t r = 0; r < count; r++) next.fetch(first + r);
         const float* places[ROWS];
-        __m512 largest[ROWS];
-        for (int64_t r = 0; r < ROWS; r++) {
-            places[r] = s.spread + s.biases.place(first + std::min(r, count - 1));
-            largest[r] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        }
+        for (int64_t r = 0; r < ROWS; r++) places[r] = s.spread + s.biases.place(first + std::min(r, count - 1));
         for (int64_t t = 0; t < N; t += PANEL)
-            if (N - t > 16)
-                match<BF16, ROWS, 2>(op, query_rows, 64, s.keys + t * 64, places, t, P, s.logits, largest);
-            else
-                match<BF16, ROWS, 1>(op, query_rows, 64, s.keys + t * 64, places, t, P, s.logits, largest);
+            if (N - t > 16) match<BF16, ROWS, 2>(op, query_rows, 64, s.keys + t * 64, places, t, P, s.logits, nullptr);
+            else match<BF16, ROWS, 1>(op, query_rows, 64, s.keys + t * 64, places, t, P, s.logits, nullptr);
         all_tokens(slope_rows, s.values, N, P, s.weight_slopes);
-        weigh(op, s, first, count, largest, slope_rows, mixed + first * out_stride);
+        weigh(op, s, first, count, op.sums + (image * op.heads + head) * 2 * N + first, slope_rows, mixed + first * out_stride);
         all_channels(s.rows, 2 * P, 4, s.keys_by_token, N, factor, to + first * stride, stride, count);
     }
     for (int64_t first = 0; first < N; first += ROWS) {

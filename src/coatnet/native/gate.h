@@ -44,7 +44,7 @@ struct Excited {
     void add_rows(const float* weights, const std::vector<float>& by_row, int64_t first, int64_t last, float* out) const {
         for (int64_t s = 0; s < S; s++)  // in the order that the weights lie in
             for (int64_t c = first; c < last; c += 16) {
-                _mm_prefetch(weights + (s + 4) * C + c, _MM_HINT_T0);
+                _mm_prefetch(weights + (s + 4) * C + c, _MM_HINT_T0);  // four rows on
                 const __m512 w = _mm512_maskz_loadu_ps(tail(C - c), weights + s * C + c);
                 _mm512_storeu_ps(out + c, _mm512_fmadd_ps(_mm512_set1_ps(by_row[s]), w, _mm512_loadu_ps(out + c)));
             }
@@ -126,8 +126,10 @@ void scale(const Op& op, int64_t thread, int64_t threads) {
         for (int64_t half = 0; half < 2; half++) {
             const float* w = (const float*)op.weight + panel * K * 32 + half * 16;
             auto row = [&](int64_t k) INLINE_LAMBDA {
-                for (int64_t i = 0; half == 0 && i < 2; i++)  // of both halves
-                    _mm_prefetch((const char*)(w + k * 32 + i * 16) + AHEAD, _MM_HINT_T0);
+                if (half == 0) {
+                    _mm_prefetch((const char*)(w + k * 32) + AHEAD, _MM_HINT_T0);
+                    _mm_prefetch((const char*)(w + k * 32 + 16) + AHEAD, _MM_HINT_T0);
+                }
                 return _mm512_mul_ps(_mm512_loadu_ps(w + k * 32), _mm512_set1_ps(gates[k]));
             };
             char* to = out + half * 64;

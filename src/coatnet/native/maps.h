@@ -6,8 +6,8 @@
 
 #include "product.h"
 
-// A line of a picture, C planes `plane` bytes apart and pixels `pixel` bytes apart, as values in the order of pixels.
-inline void by_pixel(const char* from, int64_t plane, int64_t pixel, int64_t C, int64_t cells, float* to) {
+// Copy a line of a picture, C planes `plane` bytes apart and pixels `pixel` bytes apart, into the order of pixels.
+inline void arrange(const char* from, int64_t plane, int64_t pixel, int64_t C, int64_t cells, float* to) {
     if (pixel == 4 * C && (plane == 4 || C == 1)) {
         memcpy(to, from, cells * pixel);
         return;
@@ -33,15 +33,15 @@ inline void by_pixel(const char* from, int64_t plane, int64_t pixel, int64_t C, 
 }
 
 // UNFOLD: the patches of an fp32 picture, in any memory layout, as rows of (line, column, channel) values, zeros beyond
-// its edge and after the last. `kernel` px, `stride` px; the first patch starts `padding` px before the edge. Each line
-// of the picture is brought into the order of pixels once, between zeros; a patch is `kernel` runs of such lines.
+// its edge and after the last. `kernel` px, `stride` px; the first patch starts `padding` px before the edge. A thread
+// brings each line of the picture into the order of pixels once, between zeros; a patch is `kernel` runs of such lines.
 template <int OUT>
 void unfold(const Op& op, int64_t thread, int64_t threads) {
     const int64_t C = op.depth, run = op.kernel * C, before = op.padding * C;  // values
     const int64_t count = (op.in_cells + op.padding + op.kernel + op.stride) * C + 32;
     float* const lines = kept<struct Unfolded, float>(op.kernel * count);
     std::fill_n(lines, op.kernel * count, 0.0f);
-    std::vector<int64_t> held(op.kernel, -1);  // line of all pictures' that lies there, each with its padding
+    std::vector<int64_t> held(op.kernel, -1);  // which line lies in each place, counted through all pictures with their padding
     auto arranged = [&](int64_t image, int64_t y) {  // y: from the first of the padding on
         const int64_t wanted = image * (op.lines * op.stride + op.kernel) + y, place = y % op.kernel;
         float* const to = lines + place * count;
@@ -50,14 +50,14 @@ void unfold(const Op& op, int64_t thread, int64_t threads) {
         if (y < 0 || y >= op.in_lines)
             std::fill_n(to + before, op.in_cells * C, 0.0f);
         else
-            by_pixel(op.source + image * op.source_image + y * op.source_line, op.source_channel, op.source_cell, C, op.in_cells,
-                     to + before);
+            arrange(op.source + image * op.source_image + y * op.source_line, op.source_channel, op.source_cell, C, op.in_cells,
+                    to + before);
         return to;
     };
-    std::vector<const float*> runs(op.kernel);
+    std::vector<const float*> picture_lines(op.kernel);
     const Share share(op.images * op.lines, thread, threads);
     for (int64_t unit = share.first; unit < share.last; unit++) {
-        for (int64_t k = 0; k < op.kernel; k++) runs[k] = arranged(unit / op.lines, unit % op.lines * op.stride + k);
+        for (int64_t k = 0; k < op.kernel; k++) picture_lines[k] = arranged(unit / op.lines, unit % op.lines * op.stride + k);
         for (int64_t x = 0; x < op.cells; x++) {
             char* out = op.out + (unit * op.cells + x) * op.width * bytes(OUT);
             for (int64_t k = 0; k < op.kernel; k++)
@@ -66,7 +66,7 @@ void unfold(const Op& op, int64_t thread, int64_t threads) {
                     // is written over by the next one.
                     const int64_t at = k * run + i;
                     const __mmask16 stored = tail((op.cells - x) * op.width - at);
-                    const __m512 values = _mm512_maskz_loadu_ps(tail(run - i), runs[k] + x * op.stride * C + i);
+                    const __m512 values = _mm512_maskz_loadu_ps(tail(run - i), picture_lines[k] + x * op.stride * C + i);
                     store<OUT>(out + at * bytes(OUT), values, stored);
                 }
             for (int64_t i = op.kernel * run; i < op.width; i += 16)

@@ -31,7 +31,8 @@ struct Op {
     const float *out_scale, *out_zero;      // by output channel: 8 bit = number * out_scale + out_zero
     const char *pad;                        // DEPTHWISE: one pixel of zeros, in the source's type
     const float *source_zero;               // by input channel: the 8-bit value that stands for 0
-    float *sums;                            // DEPTHWISE writes each line's sum by channel, GATE reads them
+    float *sums;                            // DEPTHWISE writes each line's sum by channel, GATE reads them; ATTENTION notes each
+                                            // query's largest logit and 1 / its sum, (images, heads, 2, tokens), if asked to
     const float *squeeze, *squeeze_bias, *excite, *excite_bias;  // GATE
     float *made_scale, *made_bias;          // SCALE: by image and output channel
     float *made_gates, *made_slopes;        // EXCITE_SLOPE: by image and channel
