@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,15 @@ def test_rates_and_roofline(precision: str):
     parts = roofline(SMALL, rates, precision)
     assert set(parts) == {"products", "gelu", "softmax", "depthwise", "copy"}
     assert all(value > 0 for value in parts.values()), parts
+
+
+def test_a_cache_line_goes_from_core_to_core():
+    """In more than a core's own cache takes, and in less than a thread takes to be woken up."""
+    if native.missing("fp32") is not None or (os.cpu_count() or 1) == 1:
+        pytest.skip("no kernels, or no second core")
+    trip_ns = measure_rates(fastest_product("fp32", CPU), "fp32", CPU).round_trip_ns
+    assert trip_ns is not None
+    assert 5 < trip_ns < 100_000, f"{trip_ns:.0f} ns"
 
 
 def test_work_adds_up_to_the_counted_multiply_adds():

@@ -1,4 +1,4 @@
-"""What this machine can do: products in each precision, GELU, softmax, depthwise convolution, copying.
+"""What this machine can do: products in each precision, GELU, softmax, depthwise convolution, copying, handing over.
 
 A network cannot be faster than its products alone; the roofline adds the rest of its work at the machine's own rates,
 so that what remains is seen to be the program's.
@@ -37,6 +37,7 @@ class Rates:
     softmax_g_per_s: float
     depthwise_gmacs_per_s: float
     copy_gb_per_s: float  # read and written
+    round_trip_ns: float | None  # of a cache line between two cores: some hundred ns where they share no cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,16 @@ def measure_rates(product: Product, precision: str, device: torch.device) -> Rat
         / 1e9
         / _best_s(lambda: F.conv2d(maps, weight, padding=1, groups=384), device),
         copy_gb_per_s=2 * x.nbytes / 1e9 / _best_s(lambda: y.copy_(x), device),
+        round_trip_ns=_round_trip_ns(device),
     )
+
+
+def _round_trip_ns(device: torch.device) -> float | None:
+    """Return the median of some, or None for one thread or off the CPU."""
+    if device.type != "cpu" or torch.get_num_threads() == 1:
+        return None
+    found = [trip_s for trip_s in (native.round_trip_s() for _ in range(5)) if trip_s is not None]
+    return 1e9 * statistics.median(found) if found else None
 
 
 def _best_s(call: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
@@ -203,10 +213,12 @@ def median_rates(found: list[Rates]) -> Rates:
     """Return the rates' medians, for a limit measured before, between and after."""
 
     def middle(name: str) -> Any:
-        return statistics.median(getattr(rates, name) for rates in found)
+        values = [getattr(rates, name) for rates in found]
+        return None if None in values else statistics.median(values)
 
     return Rates(
         products_gmacs_per_s=middle("products_gmacs_per_s"), products_by=found[0].products_by,
         gelu_g_per_s=middle("gelu_g_per_s"), softmax_g_per_s=middle("softmax_g_per_s"),
         depthwise_gmacs_per_s=middle("depthwise_gmacs_per_s"), copy_gb_per_s=middle("copy_gb_per_s"),
+        round_trip_ns=middle("round_trip_ns"),
     )  # fmt: skip

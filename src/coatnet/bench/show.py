@@ -115,6 +115,8 @@ def _comparison(row: dict[str, Any]) -> Iterator[str | Table]:
             f"({2 * rates['products_gmacs_per_s']:.0f} GFLOP/s by {rates['products_by']}); "
             f"roofline, ms an image: {parts}"
         )
+        if rates["round_trip_ns"]:
+            yield f"a cache line goes to another core and back in {rates['round_trip_ns']:.0f} ns"
 
 
 def _contenders(row: dict[str, Any]) -> Table:

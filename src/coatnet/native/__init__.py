@@ -57,6 +57,7 @@ def _library() -> ctypes.CDLL | str:
                 return f"they cannot be loaded ({error})"
             library.coatnet_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
             library.coatnet_run.restype = None
+            library.coatnet_round_trip.restype = ctypes.c_double
             return library
     return "the package was installed without a C++ compiler"
 
@@ -84,6 +85,12 @@ def run(ops: ctypes.Array[Op], num_threads: int) -> None:
         kinds = {number: kind for kind, number in KINDS.items()}
         for op, took_s in zip(ops, seconds, strict=True):
             found[kinds[op.kind]] += took_s
+
+
+def round_trip_s() -> float | None:
+    """Return how long a cache line takes from one core to another and back; None where that cannot be measured."""
+    library = _library()
+    return None if isinstance(library, str) else library.coatnet_round_trip() or None
 
 
 _profile: defaultdict[str, float] | None = None

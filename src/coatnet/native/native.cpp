@@ -154,9 +154,30 @@ extern "C" void coatnet_run(const Op* ops, int64_t count, int64_t threads, doubl
     }
 }
 
+// Seconds that a cache line takes from one thread to another and back; 0 where there is no other.
+extern "C" double coatnet_round_trip(void) {
+    constexpr int64_t TRIPS = 10000;
+    alignas(64) std::atomic<int64_t> line{0};
+    double seconds = 0;
+#pragma omp parallel num_threads(2)
+    if (omp_get_num_threads() == 2) {
+        const int64_t thread = omp_get_thread_num();
+        const auto start = std::chrono::steady_clock::now();
+        for (int64_t trip = 0; trip < TRIPS; trip++) {
+            if (thread == 0) line.store(2 * trip + 1, std::memory_order_release);
+            for (int64_t turn = 0; line.load(std::memory_order_acquire) != 2 * trip + 2 - thread; turn++)
+                if (turn > 100000) std::this_thread::yield();  // both may be on one core
+            if (thread == 1) line.store(2 * trip + 2, std::memory_order_release);
+        }
+        if (thread == 0) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    }
+    return seconds / TRIPS;
+}
+
 #else
 
 extern "C" int coatnet_supports(void) { return 0; }
 extern "C" void coatnet_run(const void*, int64_t, int64_t, double*) {}
+extern "C" double coatnet_round_trip(void) { return 0; }
 
 #endif
