@@ -253,8 +253,8 @@ def limits_section(records: list[Record]) -> str:
         "In ms an image. The other columns are the same work at the rates of torch's own operations, one after the\n"
         "other; our kernels do most of it inside the products, so the sum can exceed what was met. A backward pass\n"
         "counts twice. The last is how long a cache line takes from one core to the other and back: less than 300 ns\n"
-        "where they share a cache. Where they do not, what is shared between threads costs more, at batch 1 above all;\n"
-        "a host of virtual machines moves them from the one to the other within seconds."
+        "where they share a cache. Where they do not, what threads share costs more, at batch 1 above all; a host of\n"
+        "virtual machines moves them from the one to the other within seconds."
     )
     return "### Limits\n\n" + text + "\n\n" + "\n".join(lines) + "\n" + _profiles(records)
 

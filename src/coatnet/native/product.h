@@ -208,7 +208,9 @@ struct Division {
           columns(panels, 0, 1),
           rows(tiles, 0, 1) {
         const int64_t rows_bytes = tiles * ROWS * op.segments * steps * 4;
-        const bool by_panel = panels * panel_bytes > rows_bytes && panels >= threads;
+        // A shortcut's map goes on to what is done by pixels: where there are many, each thread keeps to its own.
+        const bool keeps = op.residual && tiles >= 7 * threads;
+        const bool by_panel = panels * panel_bytes > rows_bytes && panels >= threads && !keeps;
         (by_panel ? columns : rows) = Share(by_panel ? panels : tiles, thread, threads);
     }
 };
