@@ -35,7 +35,7 @@ from coatnet.model.layers import BATCH_NORM_EPS, LAYER_NORM_EPS
 SIZES = ((375, 500), (1200, 1600))  # px, height and width
 NUM_FILES = 16
 PX = 224
-ROUNDS, COMMAND_ROUNDS, EVALUATION_ROUNDS = 9, 5, 2
+ROUNDS, COMMAND_ROUNDS, EVALUATION_ROUNDS = 15, 5, 2
 EVALUATION_BATCH = 16
 MOST_APART = 0.02  # of a probability, or of the pictures that are right: decoders and resizing differ by a little
 
