@@ -58,7 +58,8 @@ def speed_table(records: list[Record]) -> str:
 
 
 def _found(records: list[Record]) -> dict[tuple[str, int | None], tuple[Row, Record]]:
-    return {key(row): (row, record) for record in records for row in _rows(record)}
+    """Return each row's figures from the run of the whole table, which comes before one of a row by itself."""
+    return {key(row): (row, record) for record in reversed(records) for row in _rows(record)}
 
 
 def key(row: Row) -> tuple[str, int | None]:
