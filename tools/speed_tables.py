@@ -221,19 +221,11 @@ def limits_section(records: list[Record]) -> str:
     """Return each row's machine limits beside what was met, in ms an image."""
     lines = [
         _line(
-            "work",
-            "batch",
-            "met",
-            "by products",
-            "products by",
-            "GELU",
-            "softmax",
-            "depthwise",
-            "copying",
+            "work", "batch", "met", "by products", "products by", "GELU", "softmax", "depthwise", "copying",
             "round trip",
         ),
         _line(*["---"] * 10),
-    ]
+    ]  # fmt: skip
     for record in records:
         for row in _rows(record):
             if "roofline_ms" in row:
